@@ -1,0 +1,2 @@
+//! Pretrains a masked autoencoder.
+fn main() {}

@@ -1,0 +1,3 @@
+//! Matrix products.
+/// Whether bf16 products are native here.
+pub fn bf16_is_native() -> bool { false }

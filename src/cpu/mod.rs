@@ -1,0 +1,2 @@
+//! What the CPU side of the ops shares.
+pub mod gemm;

@@ -1,0 +1,29 @@
+//! `pixmim`: masked image modelling as a kernel library with a small autograd-free trainer.
+//!
+//! It implements PixMIM (arXiv 2303.02416): masked autoencoding whose reconstruction target is low-pass filtered
+//! and whose crop keeps the subject in view.
+
+pub mod cpu;
+pub mod device;
+pub mod dtype;
+pub mod error;
+pub mod ops;
+pub mod rng;
+pub mod tensor;
+
+pub mod model;
+
+#[cfg(feature = "train")]
+pub mod data;
+#[cfg(feature = "train")]
+pub mod train;
+
+pub use device::{Cpu, Device, Products};
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use tensor::{Arena, Tensor, TensorMut, TensorRef};
+
+/// Version of the crate and commit it was built from.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (git ", env!("PIXMIM_GIT"), ")");
+/// The compiler this crate was built with.
+pub const RUSTC: &str = env!("PIXMIM_RUSTC");

@@ -1,0 +1,29 @@
+//! The trainer: config, step, schedule, checkpoints, and what a run leaves behind.
+
+pub mod checkpoint;
+pub mod config;
+pub mod metrics;
+pub mod pictures;
+pub mod report;
+pub mod run;
+mod svg;
+pub mod tensorboard;
+
+/// One logged step.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StepRecord {
+    /// Updates done, this one included.
+    pub step: u64,
+    /// Passes over the data done.
+    pub epoch: f64,
+    /// Mean loss of the step's images; not finite when the step was skipped.
+    pub loss: f64,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// L2 norm of the gradient, before clipping.
+    pub grad_norm: f64,
+    /// Images per second since the line before.
+    pub images_per_s: f64,
+    /// Share of that time spent waiting for data, 0 to 1.
+    pub data_wait: f64,
+}
