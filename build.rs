@@ -11,7 +11,8 @@ fn first_line(program: &str, args: &[&str]) -> Option<String> {
 
 fn main() {
     // A source archive has no repository: then the version alone identifies the build.
-    let git = first_line("git", &["rev-parse", "--short=10", "HEAD"]).unwrap_or_else(|| "none".into());
+    let git =
+        first_line("git", &["rev-parse", "--short=10", "HEAD"]).unwrap_or_else(|| "none".into());
     let rustc = std::env::var("RUSTC").ok().and_then(|rustc| first_line(&rustc, &["--version"]));
     println!("cargo::rustc-env=PIXMIM_GIT={git}");
     println!("cargo::rustc-env=PIXMIM_RUSTC={}", rustc.unwrap_or_else(|| "unknown".into()));

@@ -263,7 +263,7 @@ struct Memory {
     layout: Layout,
 }
 
-#[expect(unsafe_code, reason = "the one allocation behind an arena")]
+#[expect(unsafe_code, reason = "the one allocation behind an arena, and the views into it")]
 mod memory {
     use super::*;
 
@@ -271,6 +271,15 @@ mod memory {
     unsafe impl Send for Memory {}
     // SAFETY: as above; `Memory` itself never reads or writes its bytes.
     unsafe impl Sync for Memory {}
+
+    // SAFETY: a `TensorRef` is a shared borrow of plain numbers, as `&[u8]` is.
+    unsafe impl Send for TensorRef<'_> {}
+    // SAFETY: as above.
+    unsafe impl Sync for TensorRef<'_> {}
+    // SAFETY: a `TensorMut` is an exclusive borrow of plain numbers, as `&mut [u8]` is.
+    unsafe impl Send for TensorMut<'_> {}
+    // SAFETY: a shared `&TensorMut` only reads.
+    unsafe impl Sync for TensorMut<'_> {}
 
     impl Memory {
         pub(super) fn zeroed(bytes: usize, what: &'static str) -> Result<Self> {
@@ -438,6 +447,9 @@ impl Arena {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if the system refuses the bytes.
+    ///
+    /// # Panics
+    /// If `carve` does not carve the same tensors both times.
     pub fn build<T>(what: &'static str, carve: impl Fn(&mut Arena) -> T) -> Result<(T, usize)> {
         // The tensors of the counting pass share one tiny block and are dropped unread.
         let mut counting = Self { memory: None, used: 0 };
@@ -450,6 +462,9 @@ impl Arena {
     }
 
     /// The next tensor of the arena.
+    ///
+    /// # Panics
+    /// If more is carved than was counted (see [`build`](Self::build)).
     pub fn tensor(&mut self, dtype: DType, shape: &[usize]) -> Tensor {
         let shape = Shape::from(shape);
         let offset = self.used;
@@ -511,8 +526,7 @@ mod tests {
     #[test]
     fn a_list_is_one_vector_of_its_tensors() {
         let shapes = [Shape::from(&[3, 5][..]), Shape::from(&[2][..])];
-        let (mut list, _) =
-            Arena::build("test", |arena| arena.list(DType::F32, &shapes)).unwrap();
+        let (mut list, _) = Arena::build("test", |arena| arena.list(DType::F32, &shapes)).unwrap();
         let [b, a] = list.views_mut([1, 0]);
         a.into_slice::<f32>().fill(1.0);
         b.into_slice::<f32>().fill(2.0);

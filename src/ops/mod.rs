@@ -1,1 +1,79 @@
-//! The operations.
+//! The operations, in the order in which a training step meets them.
+//!
+//! Each is a free function over views, with one argument struct whose fields say shape and dtype. It checks its
+//! arguments, then runs on the device; it never allocates, prints or synchronises. Real tensors of one call share one
+//! dtype: f32, or f64 for the oracle.
+//!
+//! | op | forward | backward |
+//! |---|---|---|
+//! | [`random_masking`] | noise to ids of kept and masked patches | |
+//! | [`input`] | bytes to normalised patches and pixels | |
+//! | [`low_freq_target`] | pixels to low-pass filtered target patches | |
+//! | [`patch_embed`] | kept patches to encoder tokens | weight, bias, class token |
+//! | [`layer_norm`] | rows, or chosen tokens, to normalised rows | input, weight, bias |
+//! | [`linear`] | product, bias, GELU, residual | input (times GELU'), weight, bias |
+//! | [`gelu`] | stand-alone GELU | input |
+//! | [`attention`] | packed queries, keys, values to mixed values | queries, keys, values |
+//! | [`restore_tokens`] | kept tokens and mask tokens to decoder tokens | kept tokens, mask token |
+//! | [`masked_mse_loss`] | loss and its gradient in one pass | |
+//! | [`grad_norm`] | L2 norm of all gradients | |
+//! | [`adamw`] | one update of all parameters | |
+//! | [`cast`] | between precisions | |
+//!
+//! Dimension letters: `B` images of a batch, `C` = 3 channels, `S` pixels of a side, `P` pixels of a patch's side,
+//! `L` patches of an image, `K` kept and `M = L - K` masked patches, `E = 3 P P` numbers of a patch, `T` tokens
+//! (`1 + K` in the encoder, `1 + L` in the decoder), `D` width, `NH` heads, `HD` width of a head, `F` width of the
+//! MLP, `R` rows (all leading dimensions as one).
+//!
+//! Gradients of parameters accumulate, of activations overwrite, of the residual stream accumulate.
+
+pub mod adamw;
+pub mod attention;
+pub mod cast;
+pub mod gelu;
+pub mod grad_norm;
+pub mod input;
+pub mod layer_norm;
+pub mod linear;
+pub mod low_freq_target;
+pub mod masked_mse_loss;
+pub mod patch_embed;
+pub mod random_masking;
+pub mod restore_tokens;
+
+/// Runs `$body` with `$T` standing for the Rust type of `$dtype`, which `check` has found to be f32 or f64.
+macro_rules! for_real {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            _ => {
+                type $T = f32;
+                $body
+            }
+        }
+    };
+}
+use for_real;
+
+/// Refuses sizes of zero.
+fn expect_nonzero(op: &'static str, arg: &'static str, shape: &[usize]) -> crate::Result<()> {
+    if shape.contains(&0) {
+        let expected = "no dimension of size 0".into();
+        return Err(crate::Error::Shape { op, arg, expected, found: shape.to_vec() });
+    }
+    Ok(())
+}
+
+/// Refuses ids outside `0..bound`. Host memory only.
+fn expect_ids(op: &'static str, arg: &str, ids: &[i32], bound: usize) -> crate::Result<()> {
+    match ids.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= bound)) {
+        None => Ok(()),
+        Some(id) => Err(crate::Error::invalid(
+            format!("{op}: {arg}"),
+            format!("holds the id {id}, outside 0..{bound}"),
+        )),
+    }
+}

@@ -1,0 +1,267 @@
+//! From bytes to numbers: crop, flip, normalise and patchify uint8 images in one pass.
+//!
+//! For pixel `x` on [0, 1] of the crop: `patches` and `target` hold `(x - mean) / std` of the kept and of the masked
+//! patches, `pixels` holds `x` of the whole crop. A patch of the encoder's input runs (channel, row, column), as a
+//! convolution's weight does; a patch of the target runs (row, column, channel), as MAE's `patchify` does.
+
+use super::{expect_ids, expect_nonzero, for_real};
+use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
+
+/// Fields of a row of [`Forward::geometry`].
+pub const GEOMETRY_FIELDS: usize = 6;
+
+/// Arguments of [`forward`].
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `(B, K, E)`, (channel, row, column). Overwritten.
+    pub patches: TensorMut<'a>,
+    /// What the loss will compare with.
+    pub target: Target<'a>,
+    /// `(bytes)` u8: the images of the batch, one after another, each `(height, width, 3)` RGB.
+    pub images: TensorRef<'a>,
+    /// `(B, 6)` i64: offset of the image in `images` in bytes, its height and width, top and left of the crop in it,
+    /// and 1 if the crop is mirrored, else 0. A crop may reach over an edge by less than the image's extent: there
+    /// the image is reflected, the edge itself not repeated.
+    pub geometry: TensorRef<'a>,
+    /// `(B, K)` i32.
+    pub ids_keep: TensorRef<'a>,
+    /// Mean of the colours, RGB on [0, 1].
+    pub mean: [f32; 3],
+    /// Standard deviation of the colours.
+    pub std: [f32; 3],
+    /// Pixels along a side of a patch (P).
+    pub patch_size: usize,
+}
+
+/// What the loss will compare with.
+#[derive(Debug)]
+pub enum Target<'a> {
+    /// The image itself (MAE).
+    Raw {
+        /// `(B, M, E)`, (row, column, channel). Overwritten.
+        target: TensorMut<'a>,
+        /// `(B, M)` i32.
+        ids_masked: TensorRef<'a>,
+    },
+    /// A filtered image (PixMIM), made by [`super::low_freq_target`] from the pixels of the whole crop.
+    Filtered {
+        /// `(B, 3, S, S)`, on [0, 1]. Overwritten.
+        pixels: TensorMut<'a>,
+    },
+}
+
+/// Reads the crops.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a
+/// geometry or id outside its bounds.
+pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
+    let dims = args.check()?;
+    match dev {
+        Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Dims {
+    kept: usize,
+    /// Patches along a side of the crop.
+    grid: usize,
+    patch_size: usize,
+    dtype: DType,
+}
+
+impl Forward<'_> {
+    fn check(&self) -> Result<Dims> {
+        const OP: &str = "input::forward";
+        let dtype = self.patches.expect_real(OP, "patches")?;
+        let patch_size = self.patch_size;
+        let [images, kept, _] = self.patches.dims(OP, "patches", "(B, K, E)")?;
+        let numbers = 3 * patch_size * patch_size;
+        expect_nonzero(OP, "patches", &[images, kept, numbers])?;
+        self.patches.expect(OP, "patches", dtype, &[images, kept, numbers])?;
+        self.ids_keep.expect(OP, "ids_keep", DType::I32, &[images, kept])?;
+        self.geometry.expect(OP, "geometry", DType::I64, &[images, GEOMETRY_FIELDS])?;
+        self.images.expect(OP, "images", DType::U8, &[self.images.elems()])?;
+        let grid = match &self.target {
+            Target::Raw { target, ids_masked } => {
+                let [_, masked] = ids_masked.dims(OP, "target.ids_masked", "(B, M)")?;
+                ids_masked.expect(OP, "target.ids_masked", DType::I32, &[images, masked])?;
+                target.expect(OP, "target.target", dtype, &[images, masked, numbers])?;
+                let grid = (kept + masked).isqrt();
+                if grid * grid != kept + masked {
+                    let (arg, found) = ("target.ids_masked", vec![images, masked]);
+                    let expected = format!("(B, M) with a square number M + {kept} of patches");
+                    return Err(Error::Shape { op: OP, arg, expected, found });
+                }
+                expect_ids(OP, "target.ids_masked", ids_masked.as_slice(), grid * grid)?;
+                grid
+            }
+            Target::Filtered { pixels } => {
+                let [_, _, side, _] = pixels.dims(OP, "target.pixels", "(B, 3, S, S)")?;
+                pixels.expect(OP, "target.pixels", dtype, &[images, 3, side, side])?;
+                if side == 0 || side % patch_size != 0 {
+                    let (arg, found) = ("target.pixels", pixels.shape().to_vec());
+                    let expected = format!("(B, 3, S, S) with S a multiple of {patch_size}");
+                    return Err(Error::Shape { op: OP, arg, expected, found });
+                }
+                side / patch_size
+            }
+        };
+        expect_ids(OP, "ids_keep", self.ids_keep.as_slice(), grid * grid)?;
+        let bytes = self.images.elems() as i64;
+        for (image, row) in self.geometry.as_slice::<i64>().chunks(GEOMETRY_FIELDS).enumerate() {
+            if !Geometry::read(row).fits(bytes, (grid * patch_size) as i64) {
+                let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
+                return Err(Error::invalid("input::forward: geometry", why));
+            }
+        }
+        Ok(Dims { kept, grid, patch_size, dtype })
+    }
+}
+
+/// One row of [`Forward::geometry`].
+#[derive(Clone, Copy)]
+struct Geometry {
+    offset: i64,
+    height: i64,
+    width: i64,
+    top: i64,
+    left: i64,
+    flip: i64,
+}
+
+impl Geometry {
+    fn read(row: &[i64]) -> Self {
+        let &[offset, height, width, top, left, flip] = row else { unreachable!("six fields") };
+        Self { offset, height, width, top, left, flip }
+    }
+
+    /// Whether image and crop lie where one reflection reaches.
+    fn fits(&self, bytes: i64, side: i64) -> bool {
+        let end = self
+            .height
+            .checked_mul(self.width)
+            .and_then(|n| n.checked_mul(3)?.checked_add(self.offset));
+        let reaches = |from: i64, extent: i64| {
+            from > -extent && from.checked_add(side).is_some_and(|end| end < 2 * extent)
+        };
+        self.offset >= 0
+            && (1..1 << 31).contains(&self.height)
+            && (1..1 << 31).contains(&self.width)
+            && end.is_some_and(|end| end <= bytes)
+            && reaches(self.top, self.height)
+            && reaches(self.left, self.width)
+            && (self.flip == 0 || self.flip == 1)
+    }
+}
+
+mod cpu {
+    use rayon::prelude::*;
+
+    use super::{Dims, Forward, GEOMETRY_FIELDS, Geometry, Target};
+    use crate::cpu::Real;
+
+    /// A crop, read through its geometry.
+    struct Crop<'a> {
+        image: &'a [u8],
+        at: Geometry,
+        side: i64,
+    }
+
+    impl Crop<'_> {
+        /// Index `i` of an axis of `extent`, reflected at its ends.
+        fn reflect(i: i64, extent: i64) -> usize {
+            let i = i.abs();
+            (if i < extent { i } else { 2 * (extent - 1) - i }) as usize
+        }
+
+        /// Row `y` of the crop, within the image's bytes.
+        fn row(&self, y: usize) -> &[u8] {
+            let bytes = 3 * self.at.width as usize;
+            &self.image[Self::reflect(self.at.top + y as i64, self.at.height) * bytes..][..bytes]
+        }
+
+        /// Where pixel `x` of a row of the crop starts in [`row`](Self::row).
+        fn column(&self, x: usize) -> usize {
+            let x = if self.at.flip == 1 { self.side - 1 - x as i64 } else { x as i64 };
+            3 * Self::reflect(self.at.left + x, self.at.width)
+        }
+    }
+
+    pub(super) fn forward<T: Real>(args: Forward<'_>, dims: Dims) {
+        let Dims { kept, grid, patch_size, .. } = dims;
+        let side = grid * patch_size;
+        let numbers = 3 * patch_size * patch_size;
+        let bytes = args.images.as_slice::<u8>();
+        let crops: &[i64] = args.geometry.as_slice();
+        let crop = |b: usize| {
+            let at = Geometry::read(&crops[b * GEOMETRY_FIELDS..][..GEOMETRY_FIELDS]);
+            Crop { image: &bytes[at.offset as usize..], at, side: side as i64 }
+        };
+        // All values a byte can stand for, in each channel.
+        let unit: [T; 256] = std::array::from_fn(|byte| T::of(byte as f64 / 255.0));
+        let normal: [[T; 256]; 3] = std::array::from_fn(|c| {
+            let (mean, std) = (f64::from(args.mean[c]), f64::from(args.std[c]));
+            std::array::from_fn(|byte| T::of((byte as f64 / 255.0 - mean) / std))
+        });
+        let ids = args.ids_keep.as_slice::<i32>().par_chunks(kept);
+        let patches = args.patches.into_slice::<T>().par_chunks_mut(kept * numbers);
+        patches.zip(ids).enumerate().for_each(|(b, (patches, ids))| {
+            let crop = crop(b);
+            for (patch, &id) in patches.chunks_exact_mut(numbers).zip(ids) {
+                let (top, left) =
+                    (id as usize / grid * patch_size, id as usize % grid * patch_size);
+                let (red, rest) = patch.split_at_mut(numbers / 3);
+                let (green, blue) = rest.split_at_mut(numbers / 3);
+                for y in 0..patch_size {
+                    let row = crop.row(top + y);
+                    for x in 0..patch_size {
+                        let (from, to) = (crop.column(left + x), y * patch_size + x);
+                        red[to] = normal[0][usize::from(row[from])];
+                        green[to] = normal[1][usize::from(row[from + 1])];
+                        blue[to] = normal[2][usize::from(row[from + 2])];
+                    }
+                }
+            }
+        });
+        match args.target {
+            Target::Raw { target, ids_masked } => {
+                let masked = ids_masked.shape()[1];
+                let ids = ids_masked.as_slice::<i32>().par_chunks(masked.max(1));
+                let target = target.into_slice::<T>().par_chunks_mut((masked * numbers).max(1));
+                target.zip(ids).enumerate().for_each(|(b, (target, ids))| {
+                    let crop = crop(b);
+                    for (patch, &id) in target.chunks_exact_mut(numbers).zip(ids) {
+                        let (top, left) =
+                            (id as usize / grid * patch_size, id as usize % grid * patch_size);
+                        for (to, pixel) in patch.chunks_exact_mut(3).enumerate() {
+                            let row = crop.row(top + to / patch_size);
+                            let from = crop.column(left + to % patch_size);
+                            for (c, x) in pixel.iter_mut().enumerate() {
+                                *x = normal[c][usize::from(row[from + c])];
+                            }
+                        }
+                    }
+                });
+            }
+            Target::Filtered { pixels } => {
+                let pixels = pixels.into_slice::<T>().par_chunks_mut(3 * side * side);
+                pixels.enumerate().for_each(|(b, pixels)| {
+                    let crop = crop(b);
+                    for y in 0..side {
+                        let row = crop.row(y);
+                        for x in 0..side {
+                            let from = crop.column(x);
+                            for c in 0..3 {
+                                pixels[(c * side + y) * side + x] =
+                                    unit[usize::from(row[from + c])];
+                            }
+                        }
+                    }
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Patch embedding of the kept patches only, with positions and the class token.
+//!
+//! `out[b][0] = cls_token + pos_embed[0]`, `out[b][1 + k] = patches[b][k] weight^T + bias + pos_embed[1 + ids_keep[b][k]]`.
+//! A convolution whose stride is its kernel's side is this product, so masked patches need none (exact).
+
+use super::{expect_ids, expect_nonzero, for_real};
+use crate::tensor::{carve_bytes, expect_workspace};
+use crate::{DType, Device, Result, TensorMut, TensorRef};
+
+/// Arguments of [`forward`].
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `(B, 1 + K, D)`. Overwritten.
+    pub out: TensorMut<'a>,
+    /// `(B, K, E)`, numbers of a patch in (channel, row, column) order.
+    pub patches: TensorRef<'a>,
+    /// `(B, K)` i32.
+    pub ids_keep: TensorRef<'a>,
+    /// `(D, E)`.
+    pub weight: TensorRef<'a>,
+    /// `(D)`.
+    pub bias: TensorRef<'a>,
+    /// `(D)`.
+    pub cls_token: TensorRef<'a>,
+    /// `(1 + L, D)`, row 0 the class token's.
+    pub pos_embed: TensorRef<'a>,
+    /// At least [`workspace_bytes`].
+    pub workspace: TensorMut<'a>,
+}
+
+/// Arguments of [`backward`].
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `(D, E)`. Accumulates.
+    pub grad_weight: TensorMut<'a>,
+    /// `(D)`. Accumulates.
+    pub grad_bias: TensorMut<'a>,
+    /// `(D)`. Accumulates.
+    pub grad_cls_token: TensorMut<'a>,
+    /// `(B, 1 + K, D)`.
+    pub grad_out: TensorRef<'a>,
+    /// `(B, K, E)`, as given to [`forward`].
+    pub patches: TensorRef<'a>,
+    /// At least [`workspace_bytes`].
+    pub workspace: TensorMut<'a>,
+}
+
+/// Bytes of workspace for `images` (B), `kept` patches of each (K) and width `dim` (D).
+#[must_use]
+pub fn workspace_bytes(dtype: DType, images: usize, kept: usize, dim: usize) -> usize {
+    carve_bytes(dtype, images * kept * dim)
+}
+
+/// Embeds the kept patches.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
+/// fields say.
+pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
+    let dims = args.check()?;
+    match dev {
+        Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
+    }
+    Ok(())
+}
+
+/// Gradients of [`forward`]'s parameters; pixels need none.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
+    let dims = args.check()?;
+    match dev {
+        Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Dims {
+    images: usize,
+    kept: usize,
+    inputs: usize,
+    dim: usize,
+    dtype: DType,
+}
+
+impl Forward<'_> {
+    fn check(&self) -> Result<Dims> {
+        const OP: &str = "patch_embed::forward";
+        let dtype = self.patches.expect_real(OP, "patches")?;
+        let [images, kept, inputs] = self.patches.dims(OP, "patches", "(B, K, E)")?;
+        let [dim, _] = self.weight.dims(OP, "weight", "(D, E)")?;
+        let [positions, _] = self.pos_embed.dims(OP, "pos_embed", "(1 + L, D)")?;
+        expect_nonzero(OP, "patches", self.patches.shape())?;
+        expect_nonzero(OP, "weight", self.weight.shape())?;
+        expect_nonzero(OP, "pos_embed", self.pos_embed.shape())?;
+        self.out.expect(OP, "out", dtype, &[images, 1 + kept, dim])?;
+        self.weight.expect(OP, "weight", dtype, &[dim, inputs])?;
+        self.bias.expect(OP, "bias", dtype, &[dim])?;
+        self.cls_token.expect(OP, "cls_token", dtype, &[dim])?;
+        self.pos_embed.expect(OP, "pos_embed", dtype, &[positions, dim])?;
+        self.ids_keep.expect(OP, "ids_keep", DType::I32, &[images, kept])?;
+        expect_ids(OP, "ids_keep", self.ids_keep.as_slice(), positions - 1)?;
+        let needed = workspace_bytes(dtype, images, kept, dim);
+        expect_workspace(OP, &self.workspace, needed)?;
+        Ok(Dims { images, kept, inputs, dim, dtype })
+    }
+}
+
+impl Backward<'_> {
+    fn check(&self) -> Result<Dims> {
+        const OP: &str = "patch_embed::backward";
+        let dtype = self.patches.expect_real(OP, "patches")?;
+        let [images, kept, inputs] = self.patches.dims(OP, "patches", "(B, K, E)")?;
+        let [dim, _] = self.grad_weight.dims(OP, "grad_weight", "(D, E)")?;
+        expect_nonzero(OP, "patches", self.patches.shape())?;
+        expect_nonzero(OP, "grad_weight", self.grad_weight.shape())?;
+        self.grad_weight.expect(OP, "grad_weight", dtype, &[dim, inputs])?;
+        self.grad_bias.expect(OP, "grad_bias", dtype, &[dim])?;
+        self.grad_cls_token.expect(OP, "grad_cls_token", dtype, &[dim])?;
+        self.grad_out.expect(OP, "grad_out", dtype, &[images, 1 + kept, dim])?;
+        let needed = workspace_bytes(dtype, images, kept, dim);
+        expect_workspace(OP, &self.workspace, needed)?;
+        Ok(Dims { images, kept, inputs, dim, dtype })
+    }
+}
+
+mod cpu {
+    use rayon::prelude::*;
+
+    use super::{Backward, Dims, Forward};
+    use crate::Cpu;
+    use crate::cpu::gemm::{Mat, MatMut, matmul};
+    use crate::cpu::{Real, simd};
+    use crate::ops::linear::cpu::add_row_sums;
+
+    pub(super) fn forward<T: Real>(args: Forward<'_>, dims: Dims, cpu: Cpu) {
+        let Dims { images, kept, inputs, dim, .. } = dims;
+        let (embedded, _) = args.workspace.carve::<T>(images * kept * dim);
+        let patches = Mat::new(args.patches.as_slice::<T>(), images * kept, inputs);
+        let weight = Mat::new(args.weight.as_slice::<T>(), dim, inputs).t();
+        let dst = MatMut::new(embedded, images * kept, dim);
+        matmul(dst, patches, weight, false, cpu.products);
+        let (bias, pos) = (args.bias.as_slice::<T>(), args.pos_embed.as_slice::<T>());
+        let cls_token = args.cls_token.as_slice::<T>();
+        let ids = args.ids_keep.as_slice::<i32>().par_chunks(kept);
+        let embedded = embedded.par_chunks(kept * dim);
+        let out = args.out.into_slice::<T>().par_chunks_mut((1 + kept) * dim);
+        out.zip(embedded).zip(ids).for_each(|((out, embedded), ids)| {
+            let (cls, out) = out.split_at_mut(dim);
+            simd(|| {
+                for ((y, &cls), &pos) in cls.iter_mut().zip(cls_token).zip(pos) {
+                    *y = cls + pos;
+                }
+                let rows = out.chunks_exact_mut(dim).zip(embedded.chunks_exact(dim)).zip(ids);
+                for ((out, x), &id) in rows {
+                    let pos = &pos[(1 + id as usize) * dim..][..dim];
+                    for (((y, &x), &bias), &pos) in out.iter_mut().zip(x).zip(bias).zip(pos) {
+                        *y = x + bias + pos;
+                    }
+                }
+            });
+        });
+    }
+
+    pub(super) fn backward<T: Real>(args: Backward<'_>, dims: Dims, cpu: Cpu) {
+        let Dims { images, kept, inputs, dim, .. } = dims;
+        let grad_out = args.grad_out.as_slice::<T>();
+        // The rows of the patches, without the class tokens between them.
+        let (rows, _) = args.workspace.carve::<T>(images * kept * dim);
+        let images_grad = grad_out.par_chunks((1 + kept) * dim);
+        rows.par_chunks_mut(kept * dim)
+            .zip(images_grad)
+            .for_each(|(rows, grad)| rows.copy_from_slice(&grad[dim..]));
+        let grad_weight = MatMut::new(args.grad_weight.into_slice::<T>(), dim, inputs);
+        let grads = Mat::new(rows, images * kept, dim).t();
+        let patches = Mat::new(args.patches.as_slice::<T>(), images * kept, inputs);
+        matmul(grad_weight, grads, patches, true, cpu.products);
+        add_row_sums(args.grad_bias.into_slice(), rows);
+        let grad_cls_token = args.grad_cls_token.into_slice::<T>();
+        for grad in grad_out.chunks_exact((1 + kept) * dim) {
+            for (sum, &g) in grad_cls_token.iter_mut().zip(grad) {
+                *sum = *sum + g;
+            }
+        }
+    }
+}
