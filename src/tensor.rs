@@ -199,6 +199,13 @@ impl<'a> TensorMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.elems()) }
     }
 
+    /// Sets every byte to zero, which is the number 0 in every dtype.
+    #[expect(unsafe_code, reason = "bytes of any dtype")]
+    pub fn clear(&mut self) {
+        // SAFETY: the view covers `elems` elements, exclusively borrowed; all-zero bytes are valid in every dtype.
+        unsafe { self.ptr.write_bytes(0, self.elems() * self.dtype.size_bytes()) }
+    }
+
     /// A shorter-lived view of the same elements.
     #[must_use]
     pub fn reborrow(&mut self) -> TensorMut<'_> {
