@@ -6,6 +6,7 @@ pub mod metrics;
 pub mod pictures;
 pub mod report;
 pub mod run;
+pub mod signal;
 mod svg;
 pub mod tensorboard;
 

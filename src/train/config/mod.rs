@@ -1,8 +1,36 @@
-//! The configuration of a run.
+//! The configuration of a run: its keys, the presets, and what follows from the values.
+//!
+//! A [`Config`] is read in layers ([`Layers`]), each laid over the one before; [`KEYS`] says what each
+//! key takes and means, and [`Config::check`] judges the values together.
 
-use std::path::PathBuf;
+mod check;
+mod keys;
+mod parse;
+mod write;
+
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use crate::Result;
+
+pub use keys::{Bounds, KEYS, Key, Kind};
+pub use parse::{Assignment, Layers};
+pub use write::reference;
+
+/// Name and text of each preset: the files in `configs/`.
+pub const PRESETS: [(&str, &str); 7] = [
+    ("demo", include_str!("../../../configs/demo.toml")),
+    ("tiny", include_str!("../../../configs/tiny.toml")),
+    ("small", include_str!("../../../configs/small.toml")),
+    ("base", include_str!("../../../configs/base.toml")),
+    ("large", include_str!("../../../configs/large.toml")),
+    ("huge", include_str!("../../../configs/huge.toml")),
+    ("pixmim-vit-b-300e", include_str!("../../../configs/pixmim-vit-b-300e.toml")),
+];
+
+/// Names of the methods, each a group of switches that [`Layers::method`] sets together.
+pub const METHODS: [&str; 2] = ["pixmim", "mae"];
 
 /// Everything that decides what a run computes, and where. As a file it is TOML; each key is in
 /// `docs/config.md`. Presets are in `configs/`.
@@ -103,7 +131,8 @@ pub enum AutoWord {
 pub struct Method {
     /// The reconstruction target.
     pub target: Target,
-    /// Radius of the low-pass filter, in cycles per image; `"auto"` is the paper's 40 at 224, scaled to `image_size`.
+    /// Radius of the low-pass filter, in cycles per image; `"auto"` is the paper's 40 at 224, scaled
+    /// with `image_size`.
     pub radius: Auto<f64>,
     /// How an image becomes a square.
     pub crop: Crop,
@@ -201,7 +230,8 @@ pub struct Schedule {
 pub struct Runtime {
     /// `auto`, `cpu` or `cuda`.
     pub device: String,
-    /// `auto`, `f32` or `bf16`: precision of matrix products; sums, weights and statistics are always f32.
+    /// `auto`, `f32` or `bf16`: precision of matrix products; sums, weights and statistics are
+    /// always f32.
     pub precision: String,
     /// Threads that compute; `"auto"`: all cores.
     pub threads: Auto<usize>,
@@ -213,7 +243,7 @@ pub struct Runtime {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Log {
-    /// Folder of the run; empty: `runs/<date>_<time>_<preset>_<method>`.
+    /// Folder of the run; empty: the program picks a new one.
     pub out: PathBuf,
     /// Steps between logged lines.
     pub every: u64,
@@ -225,4 +255,163 @@ pub struct Log {
     pub checkpoint_every: u64,
     /// Checkpoints kept; older ones are deleted once a newer one is safe.
     pub keep_last: usize,
+}
+
+/// A number of updates, or of passes over the data.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Length {
+    /// Passes over the data.
+    Epochs(f64),
+    /// Updates of the weights.
+    Steps(u64),
+}
+
+impl Length {
+    /// Reads `40ep` or `1000it`; none for anything else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        if let Some(epochs) = text.strip_suffix("ep") {
+            let epochs = epochs.parse().ok()?;
+            (0.0..=keys::EPOCHS_MAX).contains(&epochs).then_some(Self::Epochs(epochs))
+        } else {
+            let steps = text.strip_suffix("it")?.parse().ok()?;
+            (steps <= keys::STEPS_MAX).then_some(Self::Steps(steps))
+        }
+    }
+
+    /// The length in updates, rounded.
+    #[must_use]
+    pub fn steps(self, steps_per_epoch: u64) -> u64 {
+        match self {
+            Self::Epochs(epochs) => (epochs * steps_per_epoch as f64).round() as u64,
+            Self::Steps(steps) => steps,
+        }
+    }
+}
+
+/// What the values left to the program (`"auto"`) come to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Resolved {
+    /// Radius of the low-pass filter, in cycles per image.
+    pub radius: f64,
+    /// Reflected border of the simple crop, in pixels.
+    pub padding: usize,
+    /// Threads that decode.
+    pub data_threads: usize,
+    /// Threads that compute.
+    pub compute_threads: usize,
+}
+
+impl<T: Copy> Auto<T> {
+    fn unwrap_or_else(self, auto: impl FnOnce() -> T) -> T {
+        match self {
+            Self::Value(value) => value,
+            Self::Auto(_) => auto(),
+        }
+    }
+}
+
+impl Config {
+    /// A preset as it stands, with method PixMIM.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] for an unknown name.
+    pub fn preset(name: &str) -> Result<Self> {
+        let mut layers = Layers::new();
+        layers.preset(name)?;
+        layers.finish()
+    }
+
+    /// Reads a complete config, such as the `config.toml` of a run. `place` names it in errors.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] with line and column for what cannot be used, and for missing keys.
+    pub fn parse(place: &str, text: &str) -> Result<Self> {
+        let mut layers = Layers::new();
+        layers.toml(place, text)?;
+        layers.finish()
+    }
+
+    /// Reads a complete config from a file of at most 1 MiB.
+    ///
+    /// # Errors
+    /// As [`Config::parse`], and when the file cannot be read.
+    pub fn load(path: &Path) -> Result<Self> {
+        let mut layers = Layers::new();
+        layers.file(path)?;
+        layers.finish()
+    }
+
+    /// The config as TOML with a comment on each key. [`Config::parse`] gives back an equal config.
+    ///
+    /// # Errors
+    /// [`crate::Error::Invalid`] if a value has no form in TOML: a path that is not UTF-8, a seed over 2^63 - 1.
+    pub fn to_toml(&self) -> Result<String> {
+        write::to_toml(self)
+    }
+
+    /// What each `"auto"` comes to on this machine.
+    ///
+    /// The radius is the paper's 40 at 224, scaled with the side of the image: 0.179 cycles per pixel.
+    /// The padding is the paper's 4 pixels, scaled likewise below 224 but at least 1.
+    #[must_use]
+    pub fn resolved(&self) -> Resolved {
+        let scale = self.model.image_size as f64 / 224.0;
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        Resolved {
+            radius: self.method.radius.unwrap_or_else(|| 40.0 * scale),
+            padding: self
+                .method
+                .padding
+                .unwrap_or_else(|| ((4.0 * scale).round() as usize).clamp(1, 4)),
+            data_threads: self.data.threads.unwrap_or_else(|| (cores() - 1).max(1)),
+            compute_threads: self.runtime.threads.unwrap_or_else(cores),
+        }
+    }
+
+    /// Patches of an image.
+    #[must_use]
+    pub fn patches(&self) -> usize {
+        (self.model.image_size / self.model.patch_size).pow(2)
+    }
+
+    /// Patches of an image that the encoder sees: `int(patches * (1 - mask_ratio))`, as MAE's
+    /// `random_masking` has it.
+    #[must_use]
+    pub fn kept_patches(&self) -> usize {
+        (self.patches() as f64 * (1.0 - self.method.mask_ratio)) as usize
+    }
+
+    /// Peak learning rate: `optim.lr`, or `optim.base_lr * global_batch / 256`. NaN if neither is
+    /// given, which [`Config::check`] refuses.
+    #[must_use]
+    pub fn peak_lr(&self) -> f64 {
+        let scaled = || Some(self.optim.base_lr? * self.optim.global_batch as f64 / 256.0);
+        self.optim.lr.or_else(scaled).unwrap_or(f64::NAN)
+    }
+
+    /// Updates of the linear warm-up. They may be more than [`Config::total_steps`]: then the run ends
+    /// before the peak. 0 if `schedule.warmup` is not a length, which [`Config::check`] refuses.
+    #[must_use]
+    pub fn warmup_steps(&self, steps_per_epoch: u64) -> u64 {
+        Length::parse(&self.schedule.warmup).map_or(0, |length| length.steps(steps_per_epoch))
+    }
+
+    /// Updates of the whole run, at least 1. 0 if no length is given, which [`Config::check`] refuses.
+    #[must_use]
+    pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
+        let epochs = self.schedule.epochs.map(Length::Epochs);
+        let length = self.schedule.steps.map(Length::Steps).or(epochs);
+        length.map_or(0, |length| length.steps(steps_per_epoch).max(1))
+    }
+
+    /// The method whose target and crop these are: `pixmim`, `mae`, or `custom` for another mixture.
+    #[must_use]
+    pub fn method_name(&self) -> &'static str {
+        match (self.method.target, self.method.crop) {
+            (Target::LowFreq, Crop::Simple) => "pixmim",
+            (Target::Raw, Crop::RandomResized) => "mae",
+            _ => "custom",
+        }
+    }
 }
