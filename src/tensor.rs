@@ -173,6 +173,35 @@ impl<'a> TensorRef<'a> {
         expect_len(self.elems(), &shape)?;
         Ok(Self { shape, ..self })
     }
+
+    /// The only element of a real tensor, widened.
+    ///
+    /// # Panics
+    /// If there is another number of elements, or they are neither f32 nor f64.
+    #[must_use]
+    pub fn scalar(&self) -> f64 {
+        assert_eq!(self.elems(), 1, "a scalar has one element");
+        match self.dtype {
+            DType::F64 => self.as_slice::<f64>()[0],
+            _ => f64::from(self.as_slice::<f32>()[0]),
+        }
+    }
+
+    /// The first `at` elements of a vector, and the others.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[must_use]
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        let bytes = at * self.dtype.size_bytes();
+        assert!(at <= self.elems(), "a vector is split inside");
+        let part = |skip: usize, elems: usize| Self {
+            ptr: self.ptr.wrapping_add(skip),
+            shape: Shape::from(&[elems][..]),
+            ..self
+        };
+        (part(0, at), part(bytes, self.elems() - at))
+    }
 }
 
 impl<'a> TensorMut<'a> {
@@ -197,6 +226,22 @@ impl<'a> TensorMut<'a> {
         // SAFETY: a view is only made from memory that holds `elems` elements of its dtype, exclusively borrowed
         // for 'a; consuming the view hands that borrow on.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.elems()) }
+    }
+
+    /// The first `at` elements of a vector, and the others.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[must_use]
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        let bytes = at * self.dtype.size_bytes();
+        assert!(at <= self.elems(), "a vector is split inside");
+        let part = |skip: usize, elems: usize| Self {
+            ptr: self.ptr.wrapping_add(skip),
+            shape: Shape::from(&[elems][..]),
+            ..self
+        };
+        (part(0, at), part(bytes, self.elems() - at))
     }
 
     /// Sets every byte to zero, which is the number 0 in every dtype.
@@ -403,6 +448,12 @@ impl TensorList {
     #[must_use]
     pub fn offset(&self, index: usize) -> usize {
         (self.tensors[index].offset - self.offset) / self.dtype.size_bytes()
+    }
+
+    /// Elements of all tensors and the padding between them.
+    #[must_use]
+    pub fn elems(&self) -> usize {
+        self.elems
     }
 
     /// Number of tensors.

@@ -354,7 +354,7 @@ fn check_judges_configs_that_were_not_read_from_a_text() {
     refuse(|config| config.runtime.device = "tpu".into(), "runtime.device");
     refuse(|config| config.runtime.seed = u64::MAX, "runtime.seed");
     refuse(|config| config.method.radius = Auto::Value(f64::NAN), "method.radius");
-    refuse(|config| config.data.std[1] = f32::NAN, "data.std");
+    refuse(|config| config.data.std[1] = f64::NAN, "data.std");
     refuse(|config| config.optim.betas[0] = 1.0, "optim.betas");
     #[cfg(unix)]
     refuse(
@@ -386,7 +386,7 @@ proptest! {
     #[test]
     fn any_sound_config_reads_back_equal(
         lr in 1e-12..10.0f64,
-        mean in prop::array::uniform3(0.0..=1.0f32),
+        mean in prop::array::uniform3(0.0..=1.0f64),
         scale in 0.5..=1.0f64,
         path in any::<String>(),
         seed in 0..=i64::MAX as u64,

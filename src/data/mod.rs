@@ -20,6 +20,6 @@ pub struct Image {
 }
 
 /// Mean of the colours of ImageNet's training images, RGB on [0, 1]: what MAE and PixMIM normalise with.
-pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+pub const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 /// Standard deviation that goes with [`IMAGENET_MEAN`].
-pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
+pub const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];

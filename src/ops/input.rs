@@ -26,9 +26,9 @@ pub struct Forward<'a> {
     /// `(B, K)` i32.
     pub ids_keep: TensorRef<'a>,
     /// Mean of the colours, RGB on [0, 1].
-    pub mean: [f32; 3],
+    pub mean: [f64; 3],
     /// Standard deviation of the colours.
-    pub std: [f32; 3],
+    pub std: [f64; 3],
     /// Pixels along a side of a patch (P).
     pub patch_size: usize,
 }
@@ -203,7 +203,7 @@ mod cpu {
         // All values a byte can stand for, in each channel.
         let unit: [T; 256] = std::array::from_fn(|byte| T::of(byte as f64 / 255.0));
         let normal: [[T; 256]; 3] = std::array::from_fn(|c| {
-            let (mean, std) = (f64::from(args.mean[c]), f64::from(args.std[c]));
+            let (mean, std) = (args.mean[c], args.std[c]);
             std::array::from_fn(|byte| T::of((byte as f64 / 255.0 - mean) / std))
         });
         let ids = args.ids_keep.as_slice::<i32>().par_chunks(kept);

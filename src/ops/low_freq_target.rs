@@ -62,9 +62,9 @@ pub struct Forward<'a> {
     /// Made for `S`.
     pub filter: &'a Filter,
     /// Mean of the colours, as in [`super::input`].
-    pub mean: [f32; 3],
+    pub mean: [f64; 3],
     /// Standard deviation of the colours.
-    pub std: [f32; 3],
+    pub std: [f64; 3],
     /// Pixels along a side of a patch (P).
     pub patch_size: usize,
     /// At least [`workspace_bytes`].
@@ -243,7 +243,7 @@ mod cpu {
             for ((pixels, ids), target) in images.zip(target.chunks_exact_mut(masked * numbers)) {
                 for (c, channel) in pixels.chunks_exact(side * side).enumerate() {
                     let low = low_pass(filter, channel, scratch);
-                    let (mean, std) = (T::of(f64::from(mean[c])), T::of(f64::from(std[c])));
+                    let (mean, std) = (T::of(mean[c]), T::of(std[c]));
                     for (patch, &id) in target.chunks_exact_mut(numbers).zip(ids) {
                         let top = id as usize / grid * patch_size;
                         let left = id as usize % grid * patch_size;

@@ -6,7 +6,9 @@ pub mod metrics;
 pub mod pictures;
 pub mod report;
 pub mod run;
+pub mod schedule;
 pub mod signal;
+pub mod step;
 mod svg;
 pub mod tensorboard;
 

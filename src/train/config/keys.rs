@@ -41,7 +41,7 @@ pub enum Kind {
     AutoNumber(Bounds),
     /// Two numbers.
     Pair(Bounds),
-    /// One number each for red, green and blue, kept in f32.
+    /// One number each for red, green and blue.
     Rgb(Bounds),
     /// `true` or `false`.
     Bool,
@@ -389,10 +389,6 @@ impl Kind {
             Value::Array(items) => {
                 let items: Vec<_> = items.iter().map(|item| self.show(item)).collect();
                 format!("[{}]", items.join(", "))
-            }
-            // Kept in f32: the shortest text that reads back to the same f32, 0.485 and not 0.48500001430511475.
-            Value::Float(number) if matches!(self, Self::Rgb(_)) => {
-                Value::Float((*number as f32).to_string().parse().unwrap_or(*number)).to_string()
             }
             Value::Float(number) if *number != 0.0 && number.abs() < 1e-3 => format!("{number:e}"),
             _ => value.to_string(),

@@ -159,9 +159,9 @@ pub struct Data {
     /// A folder tree of JPEG, PNG and WebP files, or of CIFAR-10 binary batches.
     pub path: PathBuf,
     /// Mean of the colours, RGB on [0, 1].
-    pub mean: [f32; 3],
+    pub mean: [f64; 3],
     /// Standard deviation of the colours.
-    pub std: [f32; 3],
+    pub std: [f64; 3],
     /// Threads that decode; `"auto"`: one less than the cores, at least one.
     pub threads: Auto<usize>,
     /// Micro-batches decoded ahead.
