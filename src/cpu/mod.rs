@@ -8,8 +8,8 @@ mod real;
 
 pub(crate) use real::Real;
 
-/// Runs `work` compiled for the widest vectors that this machine has. What it calls is vectorised only if it is
-/// inlined: mark it `#[inline(always)]`.
+/// Runs `work` compiled for the widest vectors that this machine has. Only what is inlined into it is: mark the closure
+/// and what it calls `#[inline(always)]`.
 #[inline(always)]
 pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
@@ -63,13 +63,16 @@ pub(crate) fn max<T: Real>(row: &[T]) -> T {
 
 /// Adds the rows of `partials`, each as long as `total`, onto `total`, in order.
 pub(crate) fn add_rows<T: Real>(total: &mut [T], partials: &[T]) {
-    simd(|| {
-        for row in partials.chunks_exact(total.len()) {
-            for (sum, &x) in total.iter_mut().zip(row) {
-                *sum = *sum + x;
+    simd(
+        #[inline(always)]
+        || {
+            for row in partials.chunks_exact(total.len()) {
+                for (sum, &x) in total.iter_mut().zip(row) {
+                    *sum = *sum + x;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// How many rows of `width` elements make a piece of work worth handing to another thread.

@@ -84,14 +84,17 @@ mod cpu {
         let exp_avg_sq = args.exp_avg_sq.into_slice::<T>().par_chunks_mut(PIECE);
         let grad = args.grad.as_slice::<T>().par_chunks(PIECE);
         param.zip(exp_avg).zip(exp_avg_sq.zip(grad)).for_each(|((param, m), (v, grad))| {
-            simd(|| {
-                for ((p, m), (v, &g)) in param.iter_mut().zip(m).zip(v.iter_mut().zip(grad)) {
-                    let g = g * clip;
-                    *m = b1 * *m + new1 * g;
-                    *v = b2 * *v + new2 * g * g;
-                    *p = *p * keep - step_size * *m / (v.sqrt() * root_correction + eps);
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for ((p, m), (v, &g)) in param.iter_mut().zip(m).zip(v.iter_mut().zip(grad)) {
+                        let g = g * clip;
+                        *m = b1 * *m + new1 * g;
+                        *v = b2 * *v + new2 * g * g;
+                        *p = *p * keep - step_size * *m / (v.sqrt() * root_correction + eps);
+                    }
+                },
+            );
         });
     }
 }

@@ -295,11 +295,14 @@ mod cpu {
         im.iter_mut().for_each(|x| *x = -*x);
         matmul_here(MatMut::new(real, s, s), Mat::new(im, s, n), sin.t(), true);
         let per_bin = T::ONE / T::of((s * s) as f64);
-        simd(|| {
-            for (re, &im) in real.iter_mut().zip(&*imaginary) {
-                *re = (*re * *re + im * im).sqrt() * per_bin;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (re, &im) in real.iter_mut().zip(&*imaginary) {
+                    *re = (*re * *re + im * im).sqrt() * per_bin;
+                }
+            },
+        );
         real
     }
 }

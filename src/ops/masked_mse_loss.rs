@@ -79,19 +79,22 @@ mod cpu {
         let grad = args.grad_pred.into_slice::<T>().par_chunks_mut(piece * numbers);
         let pieces = grad.zip(losses.par_chunks_mut(piece)).zip(pred.zip(target));
         pieces.for_each(|((grad, losses), (pred, target))| {
-            simd(|| {
-                let rows = pred.chunks_exact(numbers).zip(target.chunks_exact(numbers));
-                let into = grad.chunks_exact_mut(numbers).zip(losses);
-                for ((grad, loss), (pred, target)) in into.zip(rows) {
-                    let (shift, factor) =
-                        if args.norm_pix { standardise(target) } else { (T::ZERO, T::ONE) };
-                    let error = |pred: T, target: T| pred - (target - shift) * factor;
-                    *loss = sum([pred, target], |[p, t]| error(p, t) * error(p, t));
-                    for ((grad, &p), &t) in grad.iter_mut().zip(pred).zip(target) {
-                        *grad = T::of(2.0) * per_number * error(p, t);
+            simd(
+                #[inline(always)]
+                || {
+                    let rows = pred.chunks_exact(numbers).zip(target.chunks_exact(numbers));
+                    let into = grad.chunks_exact_mut(numbers).zip(losses);
+                    for ((grad, loss), (pred, target)) in into.zip(rows) {
+                        let (shift, factor) =
+                            if args.norm_pix { standardise(target) } else { (T::ZERO, T::ONE) };
+                        let error = |pred: T, target: T| pred - (target - shift) * factor;
+                        *loss = sum([pred, target], |[p, t]| error(p, t) * error(p, t));
+                        for ((grad, &p), &t) in grad.iter_mut().zip(pred).zip(target) {
+                            *grad = T::of(2.0) * per_number * error(p, t);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         let total = losses.iter().map(|loss| loss.to_f64()).sum::<f64>();
         let [loss] = args.loss.into_slice::<T>() else { unreachable!("checked: (1)") };

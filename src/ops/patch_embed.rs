@@ -149,18 +149,21 @@ mod cpu {
         let out = args.out.into_slice::<T>().par_chunks_mut((1 + kept) * dim);
         out.zip(embedded).zip(ids).for_each(|((out, embedded), ids)| {
             let (cls, out) = out.split_at_mut(dim);
-            simd(|| {
-                for ((y, &cls), &pos) in cls.iter_mut().zip(cls_token).zip(pos) {
-                    *y = cls + pos;
-                }
-                let rows = out.chunks_exact_mut(dim).zip(embedded.chunks_exact(dim)).zip(ids);
-                for ((out, x), &id) in rows {
-                    let pos = &pos[(1 + id as usize) * dim..][..dim];
-                    for (((y, &x), &bias), &pos) in out.iter_mut().zip(x).zip(bias).zip(pos) {
-                        *y = x + bias + pos;
+            simd(
+                #[inline(always)]
+                || {
+                    for ((y, &cls), &pos) in cls.iter_mut().zip(cls_token).zip(pos) {
+                        *y = cls + pos;
                     }
-                }
-            });
+                    let rows = out.chunks_exact_mut(dim).zip(embedded.chunks_exact(dim)).zip(ids);
+                    for ((out, x), &id) in rows {
+                        let pos = &pos[(1 + id as usize) * dim..][..dim];
+                        for (((y, &x), &bias), &pos) in out.iter_mut().zip(x).zip(bias).zip(pos) {
+                            *y = x + bias + pos;
+                        }
+                    }
+                },
+            );
         });
     }
 

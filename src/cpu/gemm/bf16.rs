@@ -191,37 +191,43 @@ fn pack<const W: usize>(packed: &mut [u32], mat: Mat<'_, f32>, row: usize, k: us
     }
     let data = &mat.data[row * mat.row_stride + k * mat.col_stride..];
     if mat.col_stride == 1 {
-        crate::cpu::simd(|| {
-            // A line is rounded in one sweep, then spread over the panel.
-            let mut line = [0u32; KC / 2];
-            for r in 0..rows {
-                let values = &data[r * mat.row_stride..][..depth];
-                let (even, odd) = values.split_at(depth / 2 * 2);
-                for (word_out, pair) in line.iter_mut().zip(even.chunks_exact(2)) {
-                    *word_out = word(pair[0], pair[1]);
+        crate::cpu::simd(
+            #[inline(always)]
+            || {
+                // A line is rounded in one sweep, then spread over the panel.
+                let mut line = [0u32; KC / 2];
+                for r in 0..rows {
+                    let values = &data[r * mat.row_stride..][..depth];
+                    let (even, odd) = values.split_at(depth / 2 * 2);
+                    for (word_out, pair) in line.iter_mut().zip(even.chunks_exact(2)) {
+                        *word_out = word(pair[0], pair[1]);
+                    }
+                    if let [last] = odd {
+                        line[depth / 2] = word(*last, 0.0);
+                    }
+                    for (out, &word) in packed.chunks_exact_mut(W).zip(&line[..depth.div_ceil(2)]) {
+                        out[r] = word;
+                    }
                 }
-                if let [last] = odd {
-                    line[depth / 2] = word(*last, 0.0);
-                }
-                for (out, &word) in packed.chunks_exact_mut(W).zip(&line[..depth.div_ceil(2)]) {
-                    out[r] = word;
-                }
-            }
-        });
+            },
+        );
     } else {
-        crate::cpu::simd(|| {
-            let zeros = [0.0; W];
-            for (p, out) in packed.chunks_exact_mut(W).enumerate().take(depth.div_ceil(2)) {
-                let first = &data[2 * p * mat.col_stride..][..rows];
-                let second = match 2 * p + 1 < depth {
-                    true => &data[(2 * p + 1) * mat.col_stride..][..rows],
-                    false => &zeros[..rows],
-                };
-                for ((out, &a), &b) in out.iter_mut().zip(first).zip(second) {
-                    *out = word(a, b);
+        crate::cpu::simd(
+            #[inline(always)]
+            || {
+                let zeros = [0.0; W];
+                for (p, out) in packed.chunks_exact_mut(W).enumerate().take(depth.div_ceil(2)) {
+                    let first = &data[2 * p * mat.col_stride..][..rows];
+                    let second = match 2 * p + 1 < depth {
+                        true => &data[(2 * p + 1) * mat.col_stride..][..rows],
+                        false => &zeros[..rows],
+                    };
+                    for ((out, &a), &b) in out.iter_mut().zip(first).zip(second) {
+                        *out = word(a, b);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }
 
@@ -229,17 +235,20 @@ fn pack<const W: usize>(packed: &mut [u32], mat: Mat<'_, f32>, row: usize, k: us
 fn portable_tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
     let first = |word: u32| f32::from_bits(word << 16);
     let second = |word: u32| f32::from_bits(word & 0xffff_0000);
-    crate::cpu::simd(|| {
-        let mut tile = [[0.0; NR]; MR];
-        for (a, b) in lhs.chunks_exact(MR).zip(rhs.chunks_exact(NR)).take(pairs) {
-            for (row, &a) in tile.iter_mut().zip(a) {
-                for (sum, &b) in row.iter_mut().zip(b) {
-                    *sum += first(a) * first(b) + second(a) * second(b);
+    crate::cpu::simd(
+        #[inline(always)]
+        || {
+            let mut tile = [[0.0; NR]; MR];
+            for (a, b) in lhs.chunks_exact(MR).zip(rhs.chunks_exact(NR)).take(pairs) {
+                for (row, &a) in tile.iter_mut().zip(a) {
+                    for (sum, &b) in row.iter_mut().zip(b) {
+                        *sum += first(a) * first(b) + second(a) * second(b);
+                    }
                 }
             }
-        }
-        tile
-    })
+            tile
+        },
+    )
 }
 
 #[cfg(target_arch = "x86_64")]
