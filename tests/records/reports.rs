@@ -146,3 +146,16 @@ fn a_picture_that_vanished_is_named() {
     let error = report::write(dir.path(), &Report { pictures: &pictures, ..empty() }).unwrap_err();
     assert!(error.to_string().contains("step-00000000.png"), "{error}");
 }
+
+#[test]
+fn large_pictures_are_shown_fewer_so_that_a_browser_can_open_the_page() {
+    let dir = tempfile::tempdir().unwrap();
+    pictures::write_pictures(dir.path(), 12, 1);
+    let pictures = timeline::list(dir.path()).unwrap();
+    for picture in &pictures {
+        fs::OpenOptions::new().write(true).open(&picture.path).unwrap().set_len(3 << 20).unwrap();
+    }
+    let page = page(&Report { pictures: &pictures, ..empty() });
+    assert_eq!(page.matches("<img").count(), 5, "five of 3 MiB are within 16 MiB, six are not");
+    assert!(page.contains("5 of 12") && page.contains("step 0 ") && page.contains("step 55 "));
+}
