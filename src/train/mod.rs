@@ -1,7 +1,10 @@
 //! The trainer: config, step, schedule, checkpoints, and what a run leaves behind.
 
+mod canvas;
 pub mod checkpoint;
 pub mod config;
+mod files;
+mod font;
 pub mod metrics;
 pub mod pictures;
 pub mod report;
@@ -11,6 +14,7 @@ pub mod signal;
 pub mod step;
 mod svg;
 pub mod tensorboard;
+pub mod timeline;
 
 /// One logged step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -20,13 +24,17 @@ pub struct StepRecord {
     /// Passes over the data done.
     pub epoch: f64,
     /// Mean loss of the step's images; not finite when the step was skipped.
+    #[serde(deserialize_with = "metrics::null_is_nan")]
     pub loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
     /// L2 norm of the gradient, before clipping.
+    #[serde(deserialize_with = "metrics::null_is_nan")]
     pub grad_norm: f64,
     /// Images per second since the line before.
+    #[serde(deserialize_with = "metrics::null_is_nan")]
     pub images_per_s: f64,
     /// Share of that time spent waiting for data, 0 to 1.
+    #[serde(deserialize_with = "metrics::null_is_nan")]
     pub data_wait: f64,
 }
