@@ -441,6 +441,11 @@ impl TensorList {
             .map(Tensor::view_mut)
     }
 
+    /// All tensors, writable at once.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = TensorMut<'_>> {
+        self.tensors.iter_mut().map(Tensor::view_mut)
+    }
+
     /// Where tensor `index` starts in [`flat`](Self::flat), in elements.
     ///
     /// # Panics

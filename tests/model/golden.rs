@@ -9,7 +9,7 @@ use pixmim::ops::{adamw, grad_norm, masked_mse_loss, random_masking};
 use pixmim::{Arena, DType, Device, Tensor, TensorMut, TensorRef};
 
 /// Image 8, patch 2: 16 patches, 4 kept.
-pub const CONFIG: MaeConfig = MaeConfig {
+pub(crate) const CONFIG: MaeConfig = MaeConfig {
     image_size: 8,
     patch_size: 2,
     dim: 16,
@@ -20,12 +20,12 @@ pub const CONFIG: MaeConfig = MaeConfig {
     decoder_heads: 2,
     mlp_ratio: 4,
 };
-pub const BATCH: Batch = Batch { images: 2, kept: 4, predicted: 12 };
+pub(crate) const BATCH: Batch = Batch { images: 2, kept: 4, predicted: 12 };
 const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 const STD: [f64; 3] = [0.229, 0.224, 0.225];
 
 /// L2 norm and first two entries of each gradient of the loss with `norm_pix` and r = 2.
-pub const GRADIENTS: [(&str, f64, [f64; 2]); 48] = [
+pub(crate) const GRADIENTS: [(&str, f64, [f64; 2]); 48] = [
     ("cls_token", 0.0406682325, [-0.0078457126, -0.0046218498]),
     ("patch_embed.proj.weight", 0.1045968957, [-0.0031348160, 0.0028953201]),
     ("patch_embed.proj.bias", 0.0326000686, [-0.0022416477, -0.0083759473]),
@@ -77,7 +77,7 @@ pub const GRADIENTS: [(&str, f64, [f64; 2]); 48] = [
 ];
 
 /// Number `index` of the hash sequence of `name`, on [0, 1).
-pub fn hashed(name: &str, index: u64) -> f64 {
+pub(crate) fn hashed(name: &str, index: u64) -> f64 {
     let fnv = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
@@ -88,7 +88,7 @@ pub fn hashed(name: &str, index: u64) -> f64 {
 }
 
 /// Where the order of the patches comes from.
-pub enum Order {
+pub(crate) enum Order {
     /// Hashed noise.
     Noise,
     /// Both images in this order.
@@ -96,19 +96,19 @@ pub enum Order {
 }
 
 /// The network with all it needs for a step, in one dtype.
-pub struct Tiny {
-    pub dev: Device,
-    pub mae: Mae,
-    pub acts: Activations,
-    pub scratch: Scratch,
-    pub grads: pixmim::tensor::TensorList,
-    pub target: Vec<f64>,
+pub(crate) struct Tiny {
+    pub(crate) dev: Device,
+    pub(crate) mae: Mae,
+    pub(crate) acts: Activations,
+    pub(crate) scratch: Scratch,
+    pub(crate) grads: pixmim::tensor::TensorList,
+    pub(crate) target: Vec<f64>,
     workspace: Tensor,
 }
 
 impl Tiny {
     /// Weights, image and masks of the golden values, in f64; the target filtered or not.
-    pub fn new(order: &Order, radius: Option<f64>) -> Self {
+    pub(crate) fn new(order: &Order, radius: Option<f64>) -> Self {
         let dev = Device::cpu();
         let mut mae = Mae::new(CONFIG, DType::F64, 0).unwrap();
         let specs = mae.table().specs().to_vec();
@@ -201,7 +201,7 @@ impl Tiny {
     }
 
     /// One forward and backward pass; gradients are set to zero first. Returns the loss.
-    pub fn step(&mut self, norm_pix: bool) -> f64 {
+    pub(crate) fn step(&mut self, norm_pix: bool) -> f64 {
         self.grads.flat_mut().clear();
         let mut loss = [0.0];
         self.mae.forward(&self.dev, &mut self.acts, &mut self.workspace).unwrap();
@@ -224,7 +224,7 @@ impl Tiny {
     }
 
     /// The gradient's norm, from the op.
-    pub fn grad_norm(&mut self) -> f64 {
+    pub(crate) fn grad_norm(&mut self) -> f64 {
         let mut norm = [f64::NAN];
         grad_norm::forward(
             &self.dev,
@@ -239,13 +239,13 @@ impl Tiny {
     }
 
     /// Index of a tensor.
-    pub fn index(&self, name: &str) -> usize {
+    pub(crate) fn index(&self, name: &str) -> usize {
         let specs = self.mae.table().specs();
         specs.iter().position(|spec| spec.name == name).unwrap_or_else(|| panic!("no {name}"))
     }
 
     /// AdamW as in MAE's source (tokens decay), on moments as long as the flat weights.
-    pub fn update(&mut self, moments: &mut [Vec<f64>; 2], step: u64) {
+    pub(crate) fn update(&mut self, moments: &mut [Vec<f64>; 2], step: u64) {
         let norm = [self.grad_norm()];
         let decaying = self.mae.table().decaying(true);
         let split = self.mae.weights.offset(decaying);

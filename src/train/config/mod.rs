@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::model::MaeConfig;
+use crate::ops::random_masking;
 
 pub use keys::{Bounds, KEYS, Key, Kind};
 pub use parse::{Assignment, Layers};
@@ -369,17 +371,35 @@ impl Config {
         }
     }
 
+    /// Sizes of the network.
+    #[must_use]
+    pub fn mae(&self) -> MaeConfig {
+        let Model { image_size, patch_size, dim, depth, heads, .. } = self.model;
+        let Model { decoder_dim, decoder_depth, decoder_heads, mlp_ratio, .. } = self.model;
+        MaeConfig {
+            image_size,
+            patch_size,
+            dim,
+            depth,
+            heads,
+            decoder_dim,
+            decoder_depth,
+            decoder_heads,
+            mlp_ratio,
+        }
+    }
+
     /// Patches of an image.
     #[must_use]
     pub fn patches(&self) -> usize {
-        (self.model.image_size / self.model.patch_size).pow(2)
+        self.mae().patches()
     }
 
     /// Patches of an image that the encoder sees: `int(patches * (1 - mask_ratio))`, as MAE's
     /// `random_masking` has it.
     #[must_use]
     pub fn kept_patches(&self) -> usize {
-        (self.patches() as f64 * (1.0 - self.method.mask_ratio)) as usize
+        random_masking::kept(self.patches(), self.method.mask_ratio)
     }
 
     /// Peak learning rate: `optim.lr`, or `optim.base_lr * global_batch / 256`. NaN if neither is

@@ -1,0 +1,581 @@
+//! The loop: data, steps, logs, pictures, checkpoints, signals.
+
+mod folder;
+mod gallery;
+mod records;
+mod resume;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::checkpoint::State;
+use super::config::{Config, Resolved, Target};
+use super::metrics::{Notice, NoticeKind};
+use super::schedule::Schedule;
+use super::step::{MicroBatch, Outcome, Settings, Trainer};
+use super::{StepRecord, checkpoint};
+use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::source::Source;
+use crate::data::{decode, loader};
+use crate::{Cpu, DType, Device, Error, Products, Result};
+
+use gallery::Gallery;
+use records::Records;
+
+/// Where a run starts from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Resume {
+    /// From step 0, in a new folder.
+    #[default]
+    No,
+    /// From the newest sound checkpoint of the run folder, or from step 0 if it has none.
+    Auto,
+    /// From this checkpoint folder.
+    From(PathBuf),
+}
+
+/// What is asked of one call of [`run`], beside the config.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Where to start from.
+    pub resume: Resume,
+    /// Replace what an existing run folder holds.
+    pub overwrite: bool,
+    /// Measure some steps, write nothing.
+    pub dry_run: bool,
+    /// Words for the report and the log: the command line, the preset, the method.
+    pub title: String,
+}
+
+/// What is settled before the first step.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Device and precision, and why these: "cpu (2 cores, bf16 products): ...".
+    pub device: String,
+    /// Batch arithmetic: "global 64 = 1 x 64 micro; lr 1e-3 = 1.5e-4 * 64 / 256".
+    pub batch: String,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Images found.
+    pub images: u64,
+    /// Where they come from.
+    pub source: String,
+    /// Trainable parameters.
+    pub parameters: usize,
+    /// Bytes of all arenas.
+    pub memory_bytes: usize,
+    /// Updates in all.
+    pub steps: u64,
+    /// Updates in an epoch.
+    pub steps_per_epoch: u64,
+    /// Updates done before this call.
+    pub resumed_from: Option<u64>,
+    /// The run folder; none in a dry run.
+    pub folder: Option<PathBuf>,
+}
+
+/// Told while [`run`] works, in order.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Before the first step.
+    Start(&'a Plan),
+    /// After every step.
+    Step {
+        /// The step's figures.
+        record: &'a StepRecord,
+        /// Exponentially smoothed loss.
+        smoothed_loss: f64,
+        /// Time to the last step, at the pace so far.
+        eta: Duration,
+        /// Whether this step stands in the metrics too.
+        logged: bool,
+    },
+    /// A picture was written.
+    Picture(&'a Path),
+    /// A checkpoint was written.
+    Checkpoint(&'a Path),
+    /// Something the user should know: an unreadable image, a skipped step, a rejected checkpoint, slow data.
+    Warning(&'a str),
+}
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Updates done in all.
+    pub steps: u64,
+    /// Smoothed loss at the end.
+    pub loss: f64,
+    /// Images per second over the steps of this call, first step excluded.
+    pub images_per_s: f64,
+    /// Share of that time spent waiting for data.
+    pub data_wait: f64,
+    /// The report; none in a dry run.
+    pub report: Option<PathBuf>,
+    /// A signal ended the run before its last step.
+    pub interrupted: bool,
+}
+
+/// Steps of a dry run, the first one not timed.
+const DRY_STEPS: u64 = 20;
+/// Steps over which slow data is noticed, and the share of their time that counts as slow.
+const SLOW_DATA: (u64, f64) = (100, 0.05);
+/// Weight of a new loss in the smoothed one, once enough are in.
+const SMOOTHING: f64 = 0.05;
+
+/// Trains as `config` says. `stop` is polled between micro-batches, while waiting for data and around pictures: when it
+/// turns true the run saves the last finished step and returns. Everything worth showing is told to `tell`; nothing is
+/// printed.
+///
+/// # Errors
+/// See [`Error`]; each has the exit code of a program that ends with it.
+pub fn run(
+    config: &Config,
+    options: &Options,
+    stop: &AtomicBool,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<Summary> {
+    config.check()?;
+    let resolved = config.resolved();
+    let (device, why) = device(config, &resolved)?;
+    let source = Arc::new(Source::open(&config.data.path, &decode::Options::from(&config.data))?);
+    let steps_per_epoch = loader::steps_per_epoch(&source, config.optim.global_batch)?;
+    let dir = if options.dry_run { None } else { Some(folder::claim(config, options)?) };
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(resolved.compute_threads)
+        .build()
+        .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
+    let mut trainer = pool
+        .install(|| Trainer::new(device, config.mae(), DType::F32, settings(config, &resolved)))?;
+
+    let mut state = State {
+        step: 0,
+        samples: 0,
+        seed: config.runtime.seed,
+        skipped: 0,
+        skipped_in_row: 0,
+        steps_per_epoch,
+        smoothed_loss: f64::NAN,
+        config_hash: resume::config_hash(config, &resolved),
+        world_size: 1,
+    };
+    let mut warnings = Vec::new();
+    let resumed_from = match &dir {
+        Some(dir) => resume::load(&options.resume, dir, &mut trainer, &mut state, &mut warnings)?,
+        None => None,
+    };
+    let planned = config.total_steps(steps_per_epoch);
+    let schedule = Schedule {
+        peak: config.peak_lr(),
+        min: config.schedule.min_lr,
+        warmup: config.warmup_steps(steps_per_epoch),
+        total: planned,
+    };
+    let micro_batches = config.optim.global_batch / config.optim.micro_batch;
+    let plan = Plan {
+        device: why,
+        batch: batch_arithmetic(config, micro_batches),
+        lr: schedule.peak,
+        images: source.len() as u64,
+        source: source.path().display().to_string(),
+        parameters: trainer.mae.table().parameters(),
+        memory_bytes: trainer.memory_bytes(),
+        steps: planned,
+        steps_per_epoch,
+        resumed_from,
+        folder: dir.clone(),
+    };
+    tell(Event::Start(&plan));
+    let records = dir.map(|dir| Records::open(dir, config, options, &plan)).transpose()?;
+    let mut run = Run {
+        config,
+        stop,
+        tell,
+        loader: Loader::new(source.clone(), loader_config(config, &resolved), state.step)?,
+        gallery: Gallery::new(config, &resolved, &source, &trainer)?,
+        pool,
+        trainer,
+        state,
+        schedule,
+        last: if options.dry_run { DRY_STEPS.min(planned) } else { planned },
+        micro_batches,
+        records,
+        saved_step: resumed_from,
+        pace: Pace::default(),
+    };
+    for warning in warnings {
+        run.notice(NoticeKind::Warning, &warning)?;
+    }
+    if let Some(step) = resumed_from {
+        run.notice(NoticeKind::Resumed, &format!("went on after step {step}"))?;
+    }
+    let finished = run.train();
+    run.end(finished)
+}
+
+/// Which device computes, in which precision, and why.
+fn device(config: &Config, resolved: &Resolved) -> Result<(Device, String)> {
+    let asked = config.runtime.device.as_str();
+    if asked == "cuda" {
+        let why = "this version has no CUDA kernels yet; use --device cpu";
+        return Err(Error::NoDevice { asked: asked.into(), why: why.into() });
+    }
+    let fast = Products::bf16_is_fast();
+    let products = match config.runtime.precision.as_str() {
+        "bf16" => Products::Bf16,
+        "auto" if fast => Products::Bf16,
+        _ => Products::F32,
+    };
+    let precision = match (products, fast) {
+        (Products::Bf16, true) => {
+            "bf16 products with f32 sums, as this CPU multiplies bf16 natively"
+        }
+        (Products::Bf16, false) => "bf16 products as asked, slower than f32 on this CPU",
+        (Products::F32, true) => "f32 products as asked",
+        (Products::F32, false) => "f32 products",
+    };
+    let why = if asked == "auto" { ": this version has no CUDA kernels yet" } else { "" };
+    let threads = resolved.compute_threads;
+    let words = format!("cpu{why} ({threads} threads, {precision})");
+    Ok((Device::Cpu(Cpu { products }), words))
+}
+
+fn settings(config: &Config, resolved: &Resolved) -> Settings {
+    Settings {
+        micro_batch: config.optim.micro_batch,
+        radius: (config.method.target == Target::LowFreq).then_some(resolved.radius),
+        norm_pix: config.method.norm_pix,
+        kept: config.kept_patches(),
+        mask_block: config.method.mask_block,
+        mean: config.data.mean,
+        std: config.data.std,
+        betas: config.optim.betas,
+        eps: config.optim.eps,
+        weight_decay: config.optim.weight_decay,
+        decay_tokens: config.optim.decay_tokens,
+        clip: config.optim.clip_grad,
+        seed: config.runtime.seed,
+    }
+}
+
+fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
+    LoaderConfig {
+        image_size: config.model.image_size,
+        crop: config.method.crop,
+        padding: resolved.padding,
+        crop_scale: config.method.crop_scale,
+        interpolation: config.method.interpolation,
+        flip: config.method.flip,
+        seed: config.runtime.seed,
+        global_batch: config.optim.global_batch,
+        micro_batch: config.optim.micro_batch,
+        threads: resolved.data_threads,
+        prefetch: config.data.prefetch,
+        cache_bytes: config.data.cache_mib << 20,
+        max_bad_share: config.data.max_bad_share,
+    }
+}
+
+fn batch_arithmetic(config: &Config, micro_batches: usize) -> String {
+    let (global, micro) = (config.optim.global_batch, config.optim.micro_batch);
+    let lr = match config.optim.base_lr {
+        Some(base) => format!("lr {:.3e} = {base:e} x {global} / 256", config.peak_lr()),
+        None => format!("lr {:.3e} as given", config.peak_lr()),
+    };
+    format!("global {global} = {micro_batches} x {micro} micro; {lr}")
+}
+
+/// A run on its way.
+struct Run<'a> {
+    config: &'a Config,
+    stop: &'a AtomicBool,
+    tell: &'a mut dyn FnMut(Event<'_>),
+    loader: Loader,
+    gallery: Gallery,
+    pool: rayon::ThreadPool,
+    trainer: Trainer,
+    state: State,
+    schedule: Schedule,
+    /// Step after which this call ends.
+    last: u64,
+    micro_batches: usize,
+    /// None in a dry run.
+    records: Option<Records>,
+    /// Step of the newest checkpoint.
+    saved_step: Option<u64>,
+    pace: Pace,
+}
+
+/// Times and counts for the log.
+#[derive(Default)]
+struct Pace {
+    /// Steps of this call.
+    steps: u64,
+    /// Time and time waiting for data, without the first step.
+    total: Lap,
+    /// The same since the last logged line.
+    lap: Lap,
+    /// The same over the last [`SLOW_DATA`] steps or fewer.
+    data: Lap,
+    told_slow_data: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Lap {
+    steps: u64,
+    time: Duration,
+    wait: Duration,
+}
+
+impl Lap {
+    fn add(&mut self, time: Duration, wait: Duration) {
+        self.steps += 1;
+        self.time += time;
+        self.wait += wait;
+    }
+
+    fn images_per_s(&self, images: usize) -> f64 {
+        self.steps as f64 * images as f64 / self.time.as_secs_f64()
+    }
+
+    fn data_wait(&self) -> f64 {
+        self.wait.as_secs_f64() / self.time.as_secs_f64().max(f64::MIN_POSITIVE)
+    }
+}
+
+/// How training ended, short of an error.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Finished,
+    Interrupted,
+}
+
+impl Run<'_> {
+    fn train(&mut self) -> Result<Ended> {
+        if self.state.step == 0 {
+            self.picture()?;
+        }
+        while self.state.step < self.last {
+            let start = Instant::now();
+            let mut wait = Duration::ZERO;
+            let Some((outcome, lr)) = self.step(&mut wait)? else {
+                return Ok(Ended::Interrupted);
+            };
+            self.account(outcome, lr, start.elapsed(), wait)?;
+            let (step, log) = (self.state.step, &self.config.log);
+            let due = |every: u64| every > 0 && step.is_multiple_of(every) && step < self.last;
+            let (picture, save) = (due(log.picture_every), due(log.checkpoint_every));
+            if picture {
+                self.picture()?;
+            }
+            if save {
+                self.save()?;
+                self.report("running")?;
+            }
+        }
+        self.picture()?;
+        Ok(Ended::Finished)
+    }
+
+    /// One step: all its micro-batches, then the update. None if a signal came first.
+    fn step(&mut self, wait: &mut Duration) -> Result<Option<(Outcome, f64)>> {
+        let lr = self.schedule.lr(self.state.step);
+        self.trainer.clear();
+        let mut samples = Vec::new();
+        for _ in 0..self.micro_batches {
+            let start = Instant::now();
+            let Some(batch) = self.loader.next(self.stop)? else { return Ok(None) };
+            *wait += start.elapsed();
+            for bad in &batch.bad {
+                let line = format!("{} is left out: {}", bad.name, bad.reason);
+                (self.tell)(Event::Warning(&line));
+                if let Some(records) = &mut self.records {
+                    records.bad_image(self.state.step, bad)?;
+                }
+            }
+            samples.extend_from_slice(&batch.samples);
+            let micro = MicroBatch {
+                images: &batch.images,
+                geometry: bytemuck::cast_slice(&batch.geometry),
+                samples: &batch.samples,
+                epoch: batch.epoch,
+            };
+            self.pool.install(|| self.trainer.accumulate(micro, self.micro_batches))?;
+            self.loader.recycle(batch);
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+        }
+        let outcome = self.pool.install(|| self.trainer.update(lr))?;
+        self.state.step += 1;
+        self.state.samples += self.config.optim.global_batch as u64;
+        if outcome.updated {
+            self.state.skipped_in_row = 0;
+        } else {
+            self.skipped(outcome, &samples)?;
+        }
+        Ok(Some((outcome, lr)))
+    }
+
+    /// Records a step that was not taken, and ends the run if there are too many in a row.
+    fn skipped(&mut self, outcome: Outcome, samples: &[i64]) -> Result<()> {
+        self.state.skipped += 1;
+        self.state.skipped_in_row += 1;
+        let step = self.state.step;
+        let mut line = format!(
+            "step {step} was skipped: loss {}, gradient norm {}",
+            outcome.loss, outcome.grad_norm
+        );
+        if let Some(records) = &self.records {
+            let dump = resume::dump(records.dir(), &self.state, outcome, samples, &self.trainer)?;
+            line.push_str(&format!("; see {}", dump.display()));
+        }
+        self.notice(NoticeKind::Skipped, &line)?;
+        if self.state.skipped_in_row >= self.config.optim.max_skipped {
+            let why = format!(
+                "{} steps in a row had no finite gradient; lower the learning rate, lengthen \
+                 schedule.warmup, set optim.clip_grad to 1, or use runtime.precision f32, and go on \
+                 from the last checkpoint",
+                self.state.skipped_in_row
+            );
+            return Err(Error::Diverged { step, why });
+        }
+        Ok(())
+    }
+
+    /// Logs a step.
+    fn account(&mut self, outcome: Outcome, lr: f64, time: Duration, wait: Duration) -> Result<()> {
+        let Self { state, pace, config, .. } = self;
+        if outcome.updated {
+            // The mean of the first losses, then a moving average.
+            let share = SMOOTHING.max(1.0 / (state.step - state.skipped) as f64);
+            let before =
+                if state.smoothed_loss.is_nan() { outcome.loss } else { state.smoothed_loss };
+            state.smoothed_loss = before + share * (outcome.loss - before);
+        }
+        pace.steps += 1;
+        // The first step warms up caches and fills the loader.
+        if pace.steps > 1 {
+            pace.total.add(time, wait);
+        }
+        pace.lap.add(time, wait);
+        pace.data.add(time, wait);
+        let record = StepRecord {
+            step: state.step,
+            epoch: state.step as f64 / state.steps_per_epoch as f64,
+            loss: if outcome.updated { outcome.loss } else { f64::NAN },
+            lr,
+            grad_norm: outcome.grad_norm,
+            images_per_s: pace.lap.images_per_s(config.optim.global_batch),
+            data_wait: pace.lap.data_wait(),
+        };
+        let logged = state.step.is_multiple_of(config.log.every) || state.step == self.last;
+        if logged {
+            pace.lap = Lap::default();
+            if let Some(records) = &mut self.records {
+                records.step(&record)?;
+            }
+        }
+        let known = if pace.total.steps > 0 { pace.total } else { pace.data };
+        let left = self.last - state.step;
+        let eta = known.time.div_f64(known.steps as f64).mul_f64(left as f64);
+        let smoothed_loss = state.smoothed_loss;
+        (self.tell)(Event::Step { record: &record, smoothed_loss, eta, logged });
+        let (steps, share) = SLOW_DATA;
+        if pace.data.steps == steps {
+            let waited = pace.data.data_wait();
+            pace.data = Lap::default();
+            if waited > share && !pace.told_slow_data {
+                pace.told_slow_data = true;
+                let line = format!(
+                    "{:.0} % of the time goes into waiting for data; raise data.threads or \
+                     data.cache_mib, or store smaller images",
+                    100.0 * waited
+                );
+                self.notice(NoticeKind::Warning, &line)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the user something, and keeps it for the report.
+    fn notice(&mut self, kind: NoticeKind, text: &str) -> Result<()> {
+        if matches!(kind, NoticeKind::Warning | NoticeKind::Skipped) {
+            (self.tell)(Event::Warning(text));
+        }
+        match &mut self.records {
+            Some(records) => {
+                records.notice(&Notice { step: self.state.step, kind, text: text.into() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn picture(&mut self) -> Result<()> {
+        let Some(records) = &mut self.records else { return Ok(()) };
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let (gallery, trainer, step) = (&mut self.gallery, &self.trainer, self.state.step);
+        let Some(picture) = self.pool.install(|| gallery.draw(trainer, step))? else {
+            return Ok(());
+        };
+        let path = records.picture(&picture, step)?;
+        (self.tell)(Event::Picture(&path));
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let Some(records) = &mut self.records else { return Ok(()) };
+        if self.saved_step == Some(self.state.step) {
+            return Ok(());
+        }
+        records.sync()?;
+        let contents = resume::contents(&self.trainer, self.config, &self.state);
+        let path = checkpoint::save(records.dir(), &contents, self.config.log.keep_last)?;
+        self.saved_step = Some(self.state.step);
+        (self.tell)(Event::Checkpoint(&path));
+        Ok(())
+    }
+
+    fn report(&mut self, status: &str) -> Result<Option<PathBuf>> {
+        let speed = self.pace.total.images_per_s(self.config.optim.global_batch);
+        let Some(records) = &self.records else { return Ok(None) };
+        records.report(status, &self.state, self.schedule.total, speed).map(Some)
+    }
+
+    /// Saves what there is, writes the report, and says how it went.
+    fn end(mut self, ended: Result<Ended>) -> Result<Summary> {
+        let ended = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                // The last finished step is sound, and worth keeping: unless steps could not be taken, or the disk
+                // would not have them. The first error is the one to tell.
+                let keeps = !matches!(error, Error::Io { .. } | Error::Diverged { .. });
+                if keeps {
+                    let _ = self.save();
+                }
+                let _ = self.report(&format!("stopped: {error}"));
+                return Err(error);
+            }
+        };
+        let interrupted = ended == Ended::Interrupted;
+        if interrupted {
+            self.notice(NoticeKind::Interrupted, "a signal ended the run here")?;
+        }
+        self.save()?;
+        let status = if interrupted { "interrupted; --resume auto goes on" } else { "finished" };
+        let report = self.report(status)?;
+        let total = self.pace.total;
+        Ok(Summary {
+            steps: self.state.step,
+            loss: self.state.smoothed_loss,
+            images_per_s: total.images_per_s(self.config.optim.global_batch),
+            data_wait: total.data_wait(),
+            report,
+            interrupted,
+        })
+    }
+}
