@@ -76,7 +76,8 @@ mod cpu {
         let step = i32::try_from(args.step).unwrap_or(i32::MAX);
         let step_size = T::of(args.lr / (1.0 - b1.powi(step)));
         let root_correction = T::of((1.0 - b2.powi(step)).sqrt().recip());
-        let keep = T::of(1.0 - args.lr * args.weight_decay);
+        // Not as a factor 1 - lr wd on the parameter: f32 rounds that by as much as a small rate decays in a step.
+        let decay = T::of(args.lr * args.weight_decay);
         let (clip, eps) = (T::of(clip), T::of(args.eps));
         let (b1, b2, new1, new2) = (T::of(b1), T::of(b2), T::of(1.0 - b1), T::of(1.0 - b2));
         let param = args.param.into_slice::<T>().par_chunks_mut(PIECE);
@@ -89,7 +90,8 @@ mod cpu {
                     let g = g * clip;
                     *m = b1 * *m + new1 * g;
                     *v = b2 * *v + new2 * g * g;
-                    *p = *p * keep - step_size * *m / (v.sqrt() * root_correction + eps);
+                    let toward = step_size * *m / (v.sqrt() * root_correction + eps);
+                    *p = *p - (toward + decay * *p);
                 }
             });
         });
