@@ -40,7 +40,8 @@ pub fn workspace_bytes(dtype: DType, patches: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number;
+/// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
     const OP: &str = "masked_mse_loss";
     let dtype = args.pred.expect_real(OP, "pred")?;

@@ -55,7 +55,8 @@ pub fn workspace_bytes(dtype: DType, images: usize, kept: usize, dim: usize) -> 
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds;
+/// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {
@@ -67,7 +68,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// Gradients of [`forward`]'s parameters; pixels need none.
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`forward`]; there are no ids.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {

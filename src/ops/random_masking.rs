@@ -59,7 +59,9 @@ pub fn workspace_bytes(images: usize, patches: usize) -> usize {
 /// Draws which patches are kept.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say and `L` is a square.
+/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say and `L` is a square;
+/// [`Error::Invalid`] for a block that is empty or larger than the image, or noise that holds NaN;
+/// [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {

@@ -284,7 +284,7 @@ fn what_does_not_fit_is_refused() {
         common().into_iter().chain([real("target.target", &[1, 3, 12]), ids()]).collect();
     let pixels = real("target.pixels", &[1, 3, 4, 4]);
     let filtered: Vec<_> = common().into_iter().chain([pixels]).collect();
-    let call = |t: &mut [Any]| -> Result<()> {
+    let with_patch = |t: &mut [Any], patch_size| -> Result<()> {
         let [patches, images, geometry, ids_keep, rest @ ..] = t else { unreachable!() };
         let target = match rest {
             [target, ids] => Target::Raw { target: target.view_mut(), ids_masked: ids.view() },
@@ -293,10 +293,10 @@ fn what_does_not_fit_is_refused() {
         };
         let (images, geometry, ids_keep) = (images.view(), geometry.view(), ids_keep.view());
         let (patches, mean, std) = (patches.view_mut(), MEAN, STD);
-        let args =
-            Forward { patches, target, images, geometry, ids_keep, mean, std, patch_size: 2 };
+        let args = Forward { patches, target, images, geometry, ids_keep, mean, std, patch_size };
         forward(&cpu(), args)
     };
+    let call = |t: &mut [Any]| with_patch(t, 2);
     let op = "input::forward";
     for args in [&raw, &filtered] {
         refuses_what_does_not_fit(op, args, &call);
@@ -318,4 +318,11 @@ fn what_does_not_fit_is_refused() {
     let err = refusal(&raw, &call, "target.ids_masked", Any::holding(&[0, 1, 4], &[1, 3]));
     let want = "`input::forward: target.ids_masked` holds the id 4, outside 0..4";
     assert_eq!(err.to_string(), want);
+    // Patches of no pixels, and a side whose square wraps around to 1.
+    let bad = Any::new(DType::F32, &[1, 1, 0]);
+    let err = refusal(&raw, &|t| with_patch(t, 0), "patches", bad);
+    assert!(matches!(err, Error::Shape { .. }), "{err}");
+    let bad = Any::new(DType::F32, &[1, 1, 3]);
+    let err = refusal(&raw, &|t| with_patch(t, usize::MAX), "patches", bad);
+    assert!(matches!(err, Error::Invalid { .. }), "{err}");
 }

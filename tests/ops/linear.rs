@@ -318,7 +318,9 @@ fn a_nan_in_the_input_reaches_its_row_and_no_other() {
 
 #[test]
 fn threads_change_no_bit() {
-    for size in [[331, 257, 515], [1576, 64, 130], [3, 1031, 1031]] {
+    for size in
+        [[331, 257, 515], [1576, 64, 130], [3, 1031, 1031], [1, 1031, 1031], [1031, 1031, 1]]
+    {
         for dev in [cpu(), cpu_bf16()] {
             let layer = Layer::<f32>::new(size);
             for after in AFTER {

@@ -187,7 +187,7 @@ fn what_lies_in_the_band_comes_back_exactly_and_what_does_not_vanishes() {
 }
 
 #[test]
-fn any_size_and_radius_give_the_source_s_formula() {
+fn any_size_and_radius_give_the_formula_of_the_source() {
     for_any((1usize..=4, 1usize..=4, 0.75f64..9.0), |(grid, patch, radius)| {
         let side = grid * patch;
         let pixels: Vec<f64> = uniform(side as u64, &[2, 3, side, side]);
@@ -378,4 +378,8 @@ fn what_does_not_fit_is_refused() {
     assert!(matches!(err, Error::Invalid { .. }), "{err}");
     let err = refusal(&args, &with_patch(0), "target", Any::new(DType::F32, &[2, 3, 0]));
     assert!(matches!(err, Error::Shape { .. }), "{err}");
+    // A side whose square wraps around to 1.
+    let bad = Any::new(DType::F32, &[2, 3, 3]);
+    let err = refusal(&args, &with_patch(usize::MAX), "target", bad);
+    assert!(matches!(err, Error::Invalid { .. }), "{err}");
 }

@@ -123,7 +123,7 @@ fn the_gradients_pass_the_finite_differences() {
 }
 
 #[test]
-fn the_mask_token_s_gradient_is_added_to_what_is_there() {
+fn the_gradient_of_the_mask_token_is_added_to_what_is_there() {
     let case = Case::<f64>::new([3, 9, 4, 5]);
     let before: Vec<f64> = uniform(9, &[5]);
     let [_, grad] = case.backward(&[0.0; 5]);
