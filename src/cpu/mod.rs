@@ -3,17 +3,22 @@
 //! Every result is the same for any number of threads: work is cut by the problem's shape, never by the thread
 //! count, and sums have a fixed order.
 
-pub mod gemm;
-mod real;
-
 pub(crate) use real::Real;
 
-/// Runs `work` compiled for the widest vectors that this machine has. Only what is inlined into it is: mark the closure
-/// and what it calls `#[inline(always)]`.
-#[inline(always)]
-pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+/// Runs a closure compiled for the widest vectors that this machine has: `simd!(|| ..)`. Only what is inlined into it
+/// is, so functions that it calls are marked `#[inline(always)]`, as the macro marks the closure.
+macro_rules! simd {
+    (|| $work:expr) => {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || $work,
+        )
+    };
 }
+pub(crate) use simd;
+
+pub mod gemm;
+mod real;
 
 /// Lanes of the sums below: wide enough for two AVX-512 registers of f32, and the same on every machine.
 const LANES: usize = 32;
@@ -63,16 +68,13 @@ pub(crate) fn max<T: Real>(row: &[T]) -> T {
 
 /// Adds the rows of `partials`, each as long as `total`, onto `total`, in order.
 pub(crate) fn add_rows<T: Real>(total: &mut [T], partials: &[T]) {
-    simd(
-        #[inline(always)]
-        || {
-            for row in partials.chunks_exact(total.len()) {
-                for (sum, &x) in total.iter_mut().zip(row) {
-                    *sum = *sum + x;
-                }
+    simd!(|| {
+        for row in partials.chunks_exact(total.len()) {
+            for (sum, &x) in total.iter_mut().zip(row) {
+                *sum = *sum + x;
             }
-        },
-    );
+        }
+    });
 }
 
 /// How many rows of `width` elements make a piece of work worth handing to another thread.

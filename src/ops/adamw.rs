@@ -76,7 +76,8 @@ mod cpu {
         let step = i32::try_from(args.step).unwrap_or(i32::MAX);
         let step_size = T::of(args.lr / (1.0 - b1.powi(step)));
         let root_correction = T::of((1.0 - b2.powi(step)).sqrt().recip());
-        let keep = T::of(1.0 - args.lr * args.weight_decay);
+        // Not as a factor 1 - lr wd on the parameter: f32 rounds that by as much as a small rate decays in a step.
+        let decay = T::of(args.lr * args.weight_decay);
         let (clip, eps) = (T::of(clip), T::of(args.eps));
         let (b1, b2, new1, new2) = (T::of(b1), T::of(b2), T::of(1.0 - b1), T::of(1.0 - b2));
         let param = args.param.into_slice::<T>().par_chunks_mut(PIECE);
@@ -84,17 +85,15 @@ mod cpu {
         let exp_avg_sq = args.exp_avg_sq.into_slice::<T>().par_chunks_mut(PIECE);
         let grad = args.grad.as_slice::<T>().par_chunks(PIECE);
         param.zip(exp_avg).zip(exp_avg_sq.zip(grad)).for_each(|((param, m), (v, grad))| {
-            simd(
-                #[inline(always)]
-                || {
-                    for ((p, m), (v, &g)) in param.iter_mut().zip(m).zip(v.iter_mut().zip(grad)) {
-                        let g = g * clip;
-                        *m = b1 * *m + new1 * g;
-                        *v = b2 * *v + new2 * g * g;
-                        *p = *p * keep - step_size * *m / (v.sqrt() * root_correction + eps);
-                    }
-                },
-            );
+            simd!(|| {
+                for ((p, m), (v, &g)) in param.iter_mut().zip(m).zip(v.iter_mut().zip(grad)) {
+                    let g = g * clip;
+                    *m = b1 * *m + new1 * g;
+                    *v = b2 * *v + new2 * g * g;
+                    let toward = step_size * *m / (v.sqrt() * root_correction + eps);
+                    *p = *p - (toward + decay * *p);
+                }
+            });
         });
     }
 }

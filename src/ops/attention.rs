@@ -218,21 +218,18 @@ mod cpu {
     /// Turns rows of products into rows of weights, and keeps the logarithm of each row's sum.
     fn softmax<T: Real>(rows: &mut [T], lse: &mut [T], scale: T) {
         let tokens = rows.len() / lse.len();
-        simd(
-            #[inline(always)]
-            || {
-                for (row, lse) in rows.chunks_exact_mut(tokens).zip(lse) {
-                    let top = max(row) * scale;
-                    for x in row.iter_mut() {
-                        *x = (*x * scale - top).exp();
-                    }
-                    let total = sum([row], |[x]| x);
-                    let share = T::ONE / total;
-                    row.iter_mut().for_each(|x| *x = *x * share);
-                    *lse = top + total.ln();
+        simd!(|| {
+            for (row, lse) in rows.chunks_exact_mut(tokens).zip(lse) {
+                let top = max(row) * scale;
+                for x in row.iter_mut() {
+                    *x = (*x * scale - top).exp();
                 }
-            },
-        );
+                let total = sum([row], |[x]| x);
+                let share = T::ONE / total;
+                row.iter_mut().for_each(|x| *x = *x * share);
+                *lse = top + total.ln();
+            }
+        });
     }
 
     /// With weights `P` and `dP = grad_out v^T`: `grad_v = P^T grad_out`, `dS = P (dP - delta) scale` with
@@ -269,26 +266,23 @@ mod cpu {
                         let later = rows.start > 0;
                         matmul_here(MatMut::new(weights, n, tokens), q, k.t(), false);
                         matmul_here(MatMut::new(grads, n, tokens), grad, v.t(), false);
-                        simd(
-                            #[inline(always)]
-                            || {
-                                let pairs = weights.chunks_exact_mut(tokens);
-                                for (r, (p, ds)) in
-                                    pairs.zip(grads.chunks_exact_mut(tokens)).enumerate()
-                                {
-                                    let at = (rows.start + r) * dim + head * head_dim;
-                                    let delta = sum(
-                                        [&grad_out[at..at + head_dim], &out[at..at + head_dim]],
-                                        |[g, o]| g * o,
-                                    );
-                                    let (scale, lse) = (dims.scale::<T>(), lse[rows.start + r]);
-                                    for (p, ds) in p.iter_mut().zip(ds) {
-                                        *p = (*p * scale - lse).exp();
-                                        *ds = *p * (*ds - delta) * scale;
-                                    }
+                        simd!(|| {
+                            let pairs = weights.chunks_exact_mut(tokens);
+                            for (r, (p, ds)) in
+                                pairs.zip(grads.chunks_exact_mut(tokens)).enumerate()
+                            {
+                                let at = (rows.start + r) * dim + head * head_dim;
+                                let delta = sum(
+                                    [&grad_out[at..at + head_dim], &out[at..at + head_dim]],
+                                    |[g, o]| g * o,
+                                );
+                                let (scale, lse) = (dims.scale::<T>(), lse[rows.start + r]);
+                                for (p, ds) in p.iter_mut().zip(ds) {
+                                    *p = (*p * scale - lse).exp();
+                                    *ds = *p * (*ds - delta) * scale;
                                 }
-                            },
-                        );
+                            }
+                        });
                         let weights = Mat::new(weights, n, tokens);
                         let grads = Mat::new(grads, n, tokens);
                         let grad_v = dims.part_mut(grad_qkv, 2, head, &all);

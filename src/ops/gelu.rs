@@ -75,10 +75,7 @@ pub(super) mod cpu {
     pub(super) fn forward<T: Real>(args: Forward<'_>) {
         let out = args.out.into_slice::<T>().par_chunks_mut(PIECE);
         out.zip(args.inp.as_slice::<T>().par_chunks(PIECE)).for_each(|(out, inp)| {
-            simd(
-                #[inline(always)]
-                || out.iter_mut().zip(inp).for_each(|(y, &x)| *y = value(x)),
-            );
+            simd!(|| out.iter_mut().zip(inp).for_each(|(y, &x)| *y = value(x)));
         });
     }
 
@@ -87,14 +84,11 @@ pub(super) mod cpu {
         let grad_out = args.grad_out.as_slice::<T>().par_chunks(PIECE);
         let grad_inp = args.grad_inp.into_slice::<T>().par_chunks_mut(PIECE);
         grad_inp.zip(grad_out.zip(inp)).for_each(|(grad_inp, (grad_out, inp))| {
-            simd(
-                #[inline(always)]
-                || {
-                    for ((grad, &out), &x) in grad_inp.iter_mut().zip(grad_out).zip(inp) {
-                        *grad = out * slope(x);
-                    }
-                },
-            );
+            simd!(|| {
+                for ((grad, &out), &x) in grad_inp.iter_mut().zip(grad_out).zip(inp) {
+                    *grad = out * slope(x);
+                }
+            });
         });
     }
 }

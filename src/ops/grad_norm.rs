@@ -51,18 +51,15 @@ mod cpu {
         let grad = args.grad.as_slice::<T>();
         let (partials, _) = args.workspace.carve::<f64>(grad.len().div_ceil(PIECE));
         grad.par_chunks(PIECE).zip(partials.par_iter_mut()).for_each(|(grad, partial)| {
-            *partial = simd(
-                #[inline(always)]
-                || {
-                    let mut lanes = [0.0; 16];
-                    for chunk in grad.chunks(16) {
-                        for (lane, &g) in lanes.iter_mut().zip(chunk) {
-                            *lane += g.to_f64() * g.to_f64();
-                        }
+            *partial = simd!(|| {
+                let mut lanes = [0.0; 16];
+                for chunk in grad.chunks(16) {
+                    for (lane, &g) in lanes.iter_mut().zip(chunk) {
+                        *lane += g.to_f64() * g.to_f64();
                     }
-                    lanes.into_iter().sum()
-                },
-            );
+                }
+                lanes.into_iter().sum()
+            });
         });
         let [norm] = args.norm.into_slice::<T>() else { unreachable!("checked: (1)") };
         *norm = T::of(partials.iter().sum::<f64>().sqrt());

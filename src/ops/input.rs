@@ -4,7 +4,7 @@
 //! patches, `pixels` holds `x` of the whole crop. A patch of the encoder's input runs (channel, row, column), as a
 //! convolution's weight does; a patch of the target runs (row, column, channel), as MAE's `patchify` does.
 
-use super::{expect_ids, expect_nonzero, for_real};
+use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// Fields of a row of [`Forward::geometry`].
@@ -78,7 +78,7 @@ impl Forward<'_> {
         let dtype = self.patches.expect_real(OP, "patches")?;
         let patch_size = self.patch_size;
         let [images, kept, _] = self.patches.dims(OP, "patches", "(B, K, E)")?;
-        let numbers = 3 * patch_size * patch_size;
+        let numbers = patch_numbers(OP, patch_size)?;
         expect_nonzero(OP, "patches", &[images, kept, numbers])?;
         self.patches.expect(OP, "patches", dtype, &[images, kept, numbers])?;
         self.ids_keep.expect(OP, "ids_keep", DType::I32, &[images, kept])?;

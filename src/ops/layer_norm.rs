@@ -72,7 +72,7 @@ pub fn workspace_bytes(dtype: DType, images: usize, dim: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {
@@ -173,21 +173,18 @@ mod cpu {
         let means = mean.into_slice::<T>().par_chunks_mut(selected);
         let rstds = rstd.into_slice::<T>().par_chunks_mut(selected);
         images.zip(means).zip(rstds).enumerate().for_each(|(b, ((out, mean), rstd))| {
-            simd(
-                #[inline(always)]
-                || {
-                    for (m, out) in out.chunks_exact_mut(dim).enumerate() {
-                        let x = &inp[(b * tokens + token(select, b, m)) * dim..][..dim];
-                        let mu = sum([x], |[x]| x) * per_dim;
-                        let var = sum([x], |[x]| (x - mu) * (x - mu)) * per_dim;
-                        let r = T::ONE / (var + T::of(eps)).sqrt();
-                        for (((y, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-                            *y = (x - mu) * r * w + b;
-                        }
-                        (mean[m], rstd[m]) = (mu, r);
+            simd!(|| {
+                for (m, out) in out.chunks_exact_mut(dim).enumerate() {
+                    let x = &inp[(b * tokens + token(select, b, m)) * dim..][..dim];
+                    let mu = sum([x], |[x]| x) * per_dim;
+                    let var = sum([x], |[x]| (x - mu) * (x - mu)) * per_dim;
+                    let r = T::ONE / (var + T::of(eps)).sqrt();
+                    for (((y, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+                        *y = (x - mu) * r * w + b;
                     }
-                },
-            );
+                    (mean[m], rstd[m]) = (mu, r);
+                }
+            });
         });
     }
 
@@ -208,31 +205,27 @@ mod cpu {
         grads.zip(parts).enumerate().for_each(|(b, (grad_inp, (grad_weight, grad_bias)))| {
             grad_weight.fill(T::ZERO);
             grad_bias.fill(T::ZERO);
-            simd(
-                #[inline(always)]
-                || {
-                    for m in 0..selected {
-                        let row = b * selected + m;
-                        let (mu, r) = (mean[row], rstd[row]);
-                        let at = token(args.select, b, m);
-                        let x = &inp[(b * tokens + at) * dim..][..dim];
-                        let grad = &grad_out[row * dim..][..dim];
-                        let weight = &weight[..dim];
-                        let mean_g = sum([grad, weight], |[g, w]| g * w) * per_dim;
-                        let mean_gn =
-                            sum([grad, weight, x], |[g, w, x]| g * w * ((x - mu) * r)) * per_dim;
-                        let into = &mut grad_inp[at * dim..][..dim];
-                        let (grad_weight, grad_bias) =
-                            (&mut grad_weight[..dim], &mut grad_bias[..dim]);
-                        for d in 0..dim {
-                            let n = (x[d] - mu) * r;
-                            into[d] = into[d] + r * (grad[d] * weight[d] - mean_g - n * mean_gn);
-                            grad_weight[d] = grad_weight[d] + grad[d] * n;
-                            grad_bias[d] = grad_bias[d] + grad[d];
-                        }
+            simd!(|| {
+                for m in 0..selected {
+                    let row = b * selected + m;
+                    let (mu, r) = (mean[row], rstd[row]);
+                    let at = token(args.select, b, m);
+                    let x = &inp[(b * tokens + at) * dim..][..dim];
+                    let grad = &grad_out[row * dim..][..dim];
+                    let weight = &weight[..dim];
+                    let mean_g = sum([grad, weight], |[g, w]| g * w) * per_dim;
+                    let mean_gn =
+                        sum([grad, weight, x], |[g, w, x]| g * w * ((x - mu) * r)) * per_dim;
+                    let into = &mut grad_inp[at * dim..][..dim];
+                    let (grad_weight, grad_bias) = (&mut grad_weight[..dim], &mut grad_bias[..dim]);
+                    for d in 0..dim {
+                        let n = (x[d] - mu) * r;
+                        into[d] = into[d] + r * (grad[d] * weight[d] - mean_g - n * mean_gn);
+                        grad_weight[d] = grad_weight[d] + grad[d] * n;
+                        grad_bias[d] = grad_bias[d] + grad[d];
                     }
-                },
-            );
+                }
+            });
         });
         add_rows(grad_weight.into_slice(), weights);
         add_rows(grad_bias.into_slice(), biases);

@@ -197,17 +197,14 @@ pub(super) mod cpu {
             Epilogue::Residual(residual) => {
                 let residual = residual.as_slice::<T>();
                 out.par_chunks_mut(piece).zip(residual.par_chunks(piece)).for_each(|(out, x)| {
-                    simd(
-                        #[inline(always)]
-                        || {
-                            let rows = out.chunks_exact_mut(outputs).zip(x.chunks_exact(outputs));
-                            for (out, x) in rows {
-                                for ((y, &x), &bias) in out.iter_mut().zip(x).zip(bias) {
-                                    *y = x + bias;
-                                }
+                    simd!(|| {
+                        let rows = out.chunks_exact_mut(outputs).zip(x.chunks_exact(outputs));
+                        for (out, x) in rows {
+                            for ((y, &x), &bias) in out.iter_mut().zip(x).zip(bias) {
+                                *y = x + bias;
                             }
-                        },
-                    );
+                        }
+                    });
                 });
                 product(out, true);
             }
@@ -215,18 +212,15 @@ pub(super) mod cpu {
                 let pre = pre.into_slice::<T>();
                 product(pre, false);
                 out.par_chunks_mut(piece).zip(pre.par_chunks_mut(piece)).for_each(|(out, pre)| {
-                    simd(
-                        #[inline(always)]
-                        || {
-                            let rows = out.chunks_exact_mut(outputs);
-                            for (out, pre) in rows.zip(pre.chunks_exact_mut(outputs)) {
-                                for ((y, x), &bias) in out.iter_mut().zip(pre).zip(bias) {
-                                    *x = *x + bias;
-                                    *y = gelu::cpu::value(*x);
-                                }
+                    simd!(|| {
+                        let rows = out.chunks_exact_mut(outputs);
+                        for (out, pre) in rows.zip(pre.chunks_exact_mut(outputs)) {
+                            for ((y, x), &bias) in out.iter_mut().zip(pre).zip(bias) {
+                                *x = *x + bias;
+                                *y = gelu::cpu::value(*x);
                             }
-                        },
-                    );
+                        }
+                    });
                 });
             }
         }
@@ -250,14 +244,11 @@ pub(super) mod cpu {
         if let Some(pre) = pre {
             let piece = rows_per_task(inputs) * inputs;
             grad.par_chunks_mut(piece).zip(pre.par_chunks(piece)).for_each(|(grad, pre)| {
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (grad, &x) in grad.iter_mut().zip(pre) {
-                            *grad = *grad * gelu::cpu::slope(x);
-                        }
-                    },
-                );
+                simd!(|| {
+                    for (grad, &x) in grad.iter_mut().zip(pre) {
+                        *grad = *grad * gelu::cpu::slope(x);
+                    }
+                });
             });
         }
     }
@@ -268,16 +259,13 @@ pub(super) mod cpu {
         const COLS: usize = 64;
         let width = sums.len();
         sums.par_chunks_mut(COLS).enumerate().for_each(|(i, sums)| {
-            simd(
-                #[inline(always)]
-                || {
-                    for row in rows.chunks_exact(width) {
-                        for (sum, &x) in sums.iter_mut().zip(&row[i * COLS..]) {
-                            *sum = *sum + x;
-                        }
+            simd!(|| {
+                for row in rows.chunks_exact(width) {
+                    for (sum, &x) in sums.iter_mut().zip(&row[i * COLS..]) {
+                        *sum = *sum + x;
                     }
-                },
-            );
+                }
+            });
         });
     }
 }

@@ -14,7 +14,7 @@
 //! Only the kept frequencies are ever formed: truncated transforms of rows and columns, forth and back, each a matrix
 //! product.
 
-use super::{expect_ids, expect_nonzero, for_real};
+use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
@@ -168,7 +168,7 @@ pub fn workspace_bytes(dtype: DType, images: usize, filter: &Filter) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a filter
-/// of another size; [`Error::Workspace`].
+/// of another size, or an id outside its bounds; [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dtype = args.check()?;
     match dev {
@@ -183,7 +183,7 @@ impl Forward<'_> {
         let dtype = self.pixels.expect_real(OP, "pixels")?;
         let [images, _, side, _] = self.pixels.dims(OP, "pixels", "(B, 3, S, S)")?;
         let [_, masked] = self.ids_masked.dims(OP, "ids_masked", "(B, M)")?;
-        let numbers = 3 * self.patch_size * self.patch_size;
+        let numbers = patch_numbers(OP, self.patch_size)?;
         expect_nonzero(OP, "target", &[images, masked, numbers])?;
         self.pixels.expect(OP, "pixels", dtype, &[images, 3, side, side])?;
         self.ids_masked.expect(OP, "ids_masked", DType::I32, &[images, masked])?;
@@ -295,14 +295,11 @@ mod cpu {
         im.iter_mut().for_each(|x| *x = -*x);
         matmul_here(MatMut::new(real, s, s), Mat::new(im, s, n), sin.t(), true);
         let per_bin = T::ONE / T::of((s * s) as f64);
-        simd(
-            #[inline(always)]
-            || {
-                for (re, &im) in real.iter_mut().zip(&*imaginary) {
-                    *re = (*re * *re + im * im).sqrt() * per_bin;
-                }
-            },
-        );
+        simd!(|| {
+            for (re, &im) in real.iter_mut().zip(&*imaginary) {
+                *re = (*re * *re + im * im).sqrt() * per_bin;
+            }
+        });
         real
     }
 }

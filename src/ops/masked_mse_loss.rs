@@ -40,7 +40,8 @@ pub fn workspace_bytes(dtype: DType, patches: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number;
+/// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
     const OP: &str = "masked_mse_loss";
     let dtype = args.pred.expect_real(OP, "pred")?;
@@ -79,22 +80,19 @@ mod cpu {
         let grad = args.grad_pred.into_slice::<T>().par_chunks_mut(piece * numbers);
         let pieces = grad.zip(losses.par_chunks_mut(piece)).zip(pred.zip(target));
         pieces.for_each(|((grad, losses), (pred, target))| {
-            simd(
-                #[inline(always)]
-                || {
-                    let rows = pred.chunks_exact(numbers).zip(target.chunks_exact(numbers));
-                    let into = grad.chunks_exact_mut(numbers).zip(losses);
-                    for ((grad, loss), (pred, target)) in into.zip(rows) {
-                        let (shift, factor) =
-                            if args.norm_pix { standardise(target) } else { (T::ZERO, T::ONE) };
-                        let error = |pred: T, target: T| pred - (target - shift) * factor;
-                        *loss = sum([pred, target], |[p, t]| error(p, t) * error(p, t));
-                        for ((grad, &p), &t) in grad.iter_mut().zip(pred).zip(target) {
-                            *grad = T::of(2.0) * per_number * error(p, t);
-                        }
+            simd!(|| {
+                let rows = pred.chunks_exact(numbers).zip(target.chunks_exact(numbers));
+                let into = grad.chunks_exact_mut(numbers).zip(losses);
+                for ((grad, loss), (pred, target)) in into.zip(rows) {
+                    let (shift, factor) =
+                        if args.norm_pix { standardise(target) } else { (T::ZERO, T::ONE) };
+                    let error = |pred: T, target: T| pred - (target - shift) * factor;
+                    *loss = sum([pred, target], |[p, t]| error(p, t) * error(p, t));
+                    for ((grad, &p), &t) in grad.iter_mut().zip(pred).zip(target) {
+                        *grad = T::of(2.0) * per_number * error(p, t);
                     }
-                },
-            );
+                }
+            });
         });
         let total = losses.iter().map(|loss| loss.to_f64()).sum::<f64>();
         let [loss] = args.loss.into_slice::<T>() else { unreachable!("checked: (1)") };

@@ -67,6 +67,16 @@ fn expect_nonzero(op: &'static str, arg: &'static str, shape: &[usize]) -> crate
     Ok(())
 }
 
+/// Numbers of an RGB patch (E = 3 P P). A side whose square overflows is refused: it would pass for a small one.
+fn patch_numbers(op: &'static str, patch_size: usize) -> crate::Result<usize> {
+    patch_size.checked_mul(patch_size).and_then(|n| n.checked_mul(3)).ok_or_else(|| {
+        crate::Error::invalid(
+            format!("{op}: patch_size"),
+            format!("is {patch_size}, far more pixels than a side has"),
+        )
+    })
+}
+
 /// Refuses ids outside `0..bound`. Host memory only.
 fn expect_ids(op: &'static str, arg: &str, ids: &[i32], bound: usize) -> crate::Result<()> {
     match ids.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= bound)) {

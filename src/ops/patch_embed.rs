@@ -55,7 +55,8 @@ pub fn workspace_bytes(dtype: DType, images: usize, kept: usize, dim: usize) -> 
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds;
+/// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {
@@ -67,7 +68,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// Gradients of [`forward`]'s parameters; pixels need none.
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`forward`]; there are no ids.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {
@@ -149,21 +150,18 @@ mod cpu {
         let out = args.out.into_slice::<T>().par_chunks_mut((1 + kept) * dim);
         out.zip(embedded).zip(ids).for_each(|((out, embedded), ids)| {
             let (cls, out) = out.split_at_mut(dim);
-            simd(
-                #[inline(always)]
-                || {
-                    for ((y, &cls), &pos) in cls.iter_mut().zip(cls_token).zip(pos) {
-                        *y = cls + pos;
+            simd!(|| {
+                for ((y, &cls), &pos) in cls.iter_mut().zip(cls_token).zip(pos) {
+                    *y = cls + pos;
+                }
+                let rows = out.chunks_exact_mut(dim).zip(embedded.chunks_exact(dim)).zip(ids);
+                for ((out, x), &id) in rows {
+                    let pos = &pos[(1 + id as usize) * dim..][..dim];
+                    for (((y, &x), &bias), &pos) in out.iter_mut().zip(x).zip(bias).zip(pos) {
+                        *y = x + bias + pos;
                     }
-                    let rows = out.chunks_exact_mut(dim).zip(embedded.chunks_exact(dim)).zip(ids);
-                    for ((out, x), &id) in rows {
-                        let pos = &pos[(1 + id as usize) * dim..][..dim];
-                        for (((y, &x), &bias), &pos) in out.iter_mut().zip(x).zip(bias).zip(pos) {
-                            *y = x + bias + pos;
-                        }
-                    }
-                },
-            );
+                }
+            });
         });
     }
 

@@ -59,7 +59,9 @@ pub fn workspace_bytes(images: usize, patches: usize) -> usize {
 /// Draws which patches are kept.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say and `L` is a square.
+/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say and `L` is a square;
+/// [`Error::Invalid`] for a block that is empty or larger than the image, or noise that holds NaN;
+/// [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {
@@ -133,11 +135,11 @@ fn cpu(args: Forward<'_>, dims: Dims) {
             Noise::Drawn { seed, epoch, samples } => {
                 let sample = samples.as_slice::<i64>()[b].cast_unsigned();
                 let words = Stream::new(*seed, *epoch, sample, Purpose::Mask);
-                // The word above the id: sorting the sums sorts by word, then by id.
+                // The word above the id: sorting these sorts by word, then by id. Unsigned, as words are.
                 for (id, i) in order.iter_mut().zip(0..) {
                     *id = i64::from(words.word(i)) << 32 | i64::from(i);
                 }
-                order.sort_unstable();
+                order.sort_unstable_by_key(|id| id.cast_unsigned());
                 order.iter_mut().for_each(|id| *id &= i64::from(u32::MAX));
             }
             Noise::Given(noise) => {

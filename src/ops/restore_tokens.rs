@@ -47,7 +47,7 @@ pub fn workspace_bytes(dtype: DType, images: usize, dim: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check()?;
     match dev {
@@ -137,20 +137,16 @@ mod cpu {
         let ids = args.ids_restore.as_slice::<i32>().par_chunks(patches);
         let out = args.out.into_slice::<T>().par_chunks_mut((1 + patches) * dim);
         out.zip(inp).zip(ids).for_each(|((out, inp), ids)| {
-            simd(
-                #[inline(always)]
-                || {
-                    for (t, out) in out.chunks_exact_mut(dim).enumerate() {
-                        // Token 0 is the class token, wherever the patches stand.
-                        let place = if t == 0 { 0 } else { 1 + ids[t - 1] as usize };
-                        let token =
-                            if place <= kept { &inp[place * dim..][..dim] } else { mask_token };
-                        for ((y, &x), &pos) in out.iter_mut().zip(token).zip(&pos[t * dim..]) {
-                            *y = x + pos;
-                        }
+            simd!(|| {
+                for (t, out) in out.chunks_exact_mut(dim).enumerate() {
+                    // Token 0 is the class token, wherever the patches stand.
+                    let place = if t == 0 { 0 } else { 1 + ids[t - 1] as usize };
+                    let token = if place <= kept { &inp[place * dim..][..dim] } else { mask_token };
+                    for ((y, &x), &pos) in out.iter_mut().zip(token).zip(&pos[t * dim..]) {
+                        *y = x + pos;
                     }
-                },
-            );
+                }
+            });
         });
     }
 
@@ -163,19 +159,16 @@ mod cpu {
         let sums = partials.par_chunks_mut(dim);
         grad_inp.zip(sums).zip(grad_out.zip(ids)).for_each(|((grad_inp, sum), (grad_out, ids))| {
             sum.fill(T::ZERO);
-            simd(
-                #[inline(always)]
-                || {
-                    for (t, grad) in grad_out.chunks_exact(dim).enumerate() {
-                        let place = if t == 0 { 0 } else { 1 + ids[t - 1] as usize };
-                        if place <= kept {
-                            grad_inp[place * dim..][..dim].copy_from_slice(grad);
-                        } else {
-                            sum.iter_mut().zip(grad).for_each(|(sum, &g)| *sum = *sum + g);
-                        }
+            simd!(|| {
+                for (t, grad) in grad_out.chunks_exact(dim).enumerate() {
+                    let place = if t == 0 { 0 } else { 1 + ids[t - 1] as usize };
+                    if place <= kept {
+                        grad_inp[place * dim..][..dim].copy_from_slice(grad);
+                    } else {
+                        sum.iter_mut().zip(grad).for_each(|(sum, &g)| *sum = *sum + g);
                     }
-                },
-            );
+                }
+            });
         });
         add_rows(args.grad_mask_token.into_slice(), partials);
     }

@@ -1,9 +1,9 @@
 //! Products of f32 matrices rounded to bf16, summed in f32.
 //!
 //! Idea     the operands are packed, rounded on the way, into panels whose inner index is a pair of neighbours
-//!          along `k`: one 32-bit word holds two bf16, which is what `vdpbf16ps` multiplies. The kernel keeps a
-//!          12 x 32 tile of the result in 24 registers and runs over `k`.
-//! Blocks   256 of `k` at a time: a 32-wide panel of the right operand (16 KiB) stays in L1, a block of the
+//!          along `k`: one 32-bit word holds two bf16, which is what `vdpbf16ps` multiplies. The kernel keeps an
+//!          8 x 48 tile of the result in 24 registers and runs over `k`: 11 loads for 24 multiplications.
+//! Blocks   256 of `k` at a time: a 48-wide panel of the right operand (24 KiB) stays in L1, a block of the
 //!          left one in L2.
 //! Order    each element is summed over `k` in pairs, in blocks of 256; blocks of rows go to threads. Neither
 //!          depends on the thread count, and edges run the same kernel on zero padding.
@@ -13,21 +13,39 @@
 use rayon::prelude::*;
 
 use super::{Mat, MatMut, assert_conform};
+use crate::cpu::simd;
 
 /// Rows of a tile.
-const MR: usize = 12;
-/// Columns of a tile: two vectors of 16.
-const NR: usize = 32;
+const MR: usize = 8;
+/// Columns of a tile: three vectors of 16.
+const NR: usize = 48;
 /// Elements of `k` in a block; even.
 const KC: usize = 256;
-/// Rows of a block of the left operand: 40 tiles, 240 KiB packed.
-const MC: usize = 40 * MR;
+/// Rows of a block of the left operand: 60 tiles, 240 KiB packed.
+const MC: usize = 60 * MR;
 /// Columns of a block of the right operand: 2 MiB packed, shared by all threads.
-const NC: usize = 4096;
+const NC: usize = 86 * NR;
 
 type Tile = [[f32; NR]; MR];
-/// Adds the product of two panels of `pairs` words a row to a tile.
-type Kernel = fn(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile;
+/// The two routines that differ between machines.
+#[derive(Clone, Copy)]
+struct Routines {
+    /// The product of two panels of `pairs` rows.
+    tile: fn(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile,
+    /// Packs lines that lie along `k`: see [`pack_lines`].
+    pack_lines: fn(panel: &mut [u32], width: usize, lines: Lines<'_>),
+}
+
+/// Neighbouring lines of a matrix, each along `k`.
+#[derive(Clone, Copy)]
+struct Lines<'a> {
+    data: &'a [f32],
+    stride: usize,
+    count: usize,
+    depth: usize,
+}
+
+const PORTABLE: Routines = Routines { tile: portable_tile, pack_lines };
 
 /// Whether this machine multiplies pairs of bf16 in one instruction.
 pub(crate) fn is_native() -> bool {
@@ -49,9 +67,9 @@ pub(crate) fn matmul(
 ) {
     #[cfg(target_arch = "x86_64")]
     if is_native() {
-        return blocked(avx512::tile, dst, lhs, rhs, accumulate, threaded);
+        return blocked(avx512::ROUTINES, dst, lhs, rhs, accumulate, threaded);
     }
-    blocked(portable_tile, dst, lhs, rhs, accumulate, threaded);
+    blocked(PORTABLE, dst, lhs, rhs, accumulate, threaded);
 }
 
 thread_local! {
@@ -76,7 +94,7 @@ fn with_buffer<R>(
 }
 
 fn blocked(
-    kernel: Kernel,
+    routines: Routines,
     dst: MatMut<'_, f32>,
     lhs: Mat<'_, f32>,
     rhs: Mat<'_, f32>,
@@ -95,27 +113,28 @@ fn blocked(
         for k in (0..depth).step_by(KC) {
             let pairs = KC.min(depth - k).div_ceil(2);
             let accumulate = accumulate || k > 0;
-            let panel = pairs * NR;
             let panels = block_cols.div_ceil(NR);
-            with_buffer(&PACKED_RHS, panels * panel, |packed_rhs| {
-                let pack_one = |(j, packed): (usize, &mut [u32])| {
-                    pack::<NR>(packed, rhs.t(), col + j * NR, k, pairs);
+            with_buffer(&PACKED_RHS, panels * pairs * NR, |packed_rhs| {
+                let share = panels.div_ceil(threads) * NR;
+                let pack_share = |(j, packed): (usize, &mut [u32])| {
+                    let first = col + j * share;
+                    let count = share.min(col + block_cols - first);
+                    pack::<NR>(routines, packed, rhs.t(), first..first + count, k, pairs);
                 };
                 if threaded {
-                    packed_rhs.par_chunks_mut(panel).enumerate().for_each(pack_one);
+                    packed_rhs.par_chunks_mut(share * pairs).enumerate().for_each(pack_share);
                 } else {
-                    packed_rhs.chunks_mut(panel).enumerate().for_each(pack_one);
+                    packed_rhs.chunks_mut(share * pairs).enumerate().for_each(pack_share);
                 }
+                let packed_rhs = &*packed_rhs;
                 let multiply = |(i, dst_rows): (usize, &mut [f32])| {
                     let row = i * block_rows;
-                    let block = Block { rows: block_rows.min(rows - row), col, block_cols };
-                    with_buffer(&PACKED_LHS, block.rows.div_ceil(MR) * pairs * MR, |packed_lhs| {
-                        for (t, packed) in packed_lhs.chunks_mut(pairs * MR).enumerate() {
-                            pack::<MR>(packed, lhs, row + t * MR, k, pairs);
-                        }
-                        block.multiply(
-                            kernel, dst_rows, row_stride, packed_lhs, packed_rhs, pairs, accumulate,
-                        );
+                    let count = block_rows.min(rows - row);
+                    with_buffer(&PACKED_LHS, count.div_ceil(MR) * pairs * MR, |packed_lhs| {
+                        pack::<MR>(routines, packed_lhs, lhs, row..row + count, k, pairs);
+                        let block = Block { rows: count, cols: col..col + block_cols, row_stride };
+                        let panels = Panels { pairs, lhs: packed_lhs, rhs: packed_rhs };
+                        block.multiply(routines, dst_rows, panels, accumulate);
                     });
                 };
                 if threaded {
@@ -128,42 +147,45 @@ fn blocked(
     }
 }
 
+/// Packed operands of a block.
+#[derive(Clone, Copy)]
+struct Panels<'a> {
+    pairs: usize,
+    lhs: &'a [u32],
+    rhs: &'a [u32],
+}
+
 /// The part of the result that one task works on.
 struct Block {
     rows: usize,
-    col: usize,
-    block_cols: usize,
+    cols: std::ops::Range<usize>,
+    row_stride: usize,
 }
 
 impl Block {
     /// Runs the kernel on every tile of the block. `dst` starts at the block's first row.
-    #[expect(clippy::too_many_arguments, reason = "one call, right above")]
-    fn multiply(
-        &self,
-        kernel: Kernel,
-        dst: &mut [f32],
-        row_stride: usize,
-        packed_lhs: &[u32],
-        packed_rhs: &[u32],
-        pairs: usize,
-        accumulate: bool,
-    ) {
-        for (j, rhs_panel) in packed_rhs.chunks(pairs * NR).enumerate() {
-            let col = self.col + j * NR;
-            let width = NR.min(self.col + self.block_cols - col);
-            for (i, lhs_panel) in packed_lhs.chunks(pairs * MR).enumerate() {
-                let tile = kernel(pairs, lhs_panel, rhs_panel);
-                let height = MR.min(self.rows - i * MR);
-                for (r, sums) in tile.iter().enumerate().take(height) {
-                    let out = &mut dst[(i * MR + r) * row_stride + col..][..width];
-                    if accumulate {
-                        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-                    } else {
-                        out.copy_from_slice(&sums[..width]);
+    fn multiply(&self, routines: Routines, dst: &mut [f32], panels: Panels<'_>, accumulate: bool) {
+        let Panels { pairs, lhs, rhs } = panels;
+        simd!(|| {
+            for (rhs_panel, col) in rhs.chunks(pairs * NR).zip(self.cols.clone().step_by(NR)) {
+                let width = NR.min(self.cols.end - col);
+                for (lhs_panel, row) in lhs.chunks(pairs * MR).zip((0..self.rows).step_by(MR)) {
+                    let tile = (routines.tile)(pairs, lhs_panel, rhs_panel);
+                    let rows = dst[row * self.row_stride..].chunks_mut(self.row_stride);
+                    for (sums, out) in tile.iter().take(self.rows - row).zip(rows) {
+                        let out = &mut out[col..col + width];
+                        if let (Ok(out), true) = (<&mut [f32; NR]>::try_from(&mut *out), accumulate)
+                        {
+                            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                        } else if accumulate {
+                            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                        } else {
+                            out.copy_from_slice(&sums[..width]);
+                        }
                     }
                 }
             }
-        }
+        });
     }
 }
 
@@ -181,53 +203,72 @@ fn word(first: f32, second: f32) -> u32 {
     rounded(first) >> 16 | rounded(second)
 }
 
-/// Packs rows `row..row + W` and columns `k..k + 2 pairs` of `mat` as `pairs` rows of `W` words, zeros beyond its
-/// edges.
-fn pack<const W: usize>(packed: &mut [u32], mat: Mat<'_, f32>, row: usize, k: usize, pairs: usize) {
-    let rows = W.min(mat.rows - row);
+/// Packs the rows `range` of `mat` from column `k` on: panels of `W` rows, each `pairs` rows of `W` words, with zeros
+/// beyond the matrix.
+fn pack<const W: usize>(
+    routines: Routines,
+    packed: &mut [u32],
+    mat: Mat<'_, f32>,
+    range: std::ops::Range<usize>,
+    k: usize,
+    pairs: usize,
+) {
     let depth = (mat.cols - k).min(2 * pairs);
-    if rows < W || depth < 2 * pairs {
-        packed.fill(0);
-    }
-    let data = &mat.data[row * mat.row_stride + k * mat.col_stride..];
+    let data = &mat.data[range.start * mat.row_stride + k * mat.col_stride..];
     if mat.col_stride == 1 {
-        crate::cpu::simd(
-            #[inline(always)]
-            || {
-                // A line is rounded in one sweep, then spread over the panel.
-                let mut line = [0u32; KC / 2];
-                for r in 0..rows {
-                    let values = &data[r * mat.row_stride..][..depth];
-                    let (even, odd) = values.split_at(depth / 2 * 2);
-                    for (word_out, pair) in line.iter_mut().zip(even.chunks_exact(2)) {
-                        *word_out = word(pair[0], pair[1]);
-                    }
-                    if let [last] = odd {
-                        line[depth / 2] = word(*last, 0.0);
-                    }
-                    for (out, &word) in packed.chunks_exact_mut(W).zip(&line[..depth.div_ceil(2)]) {
-                        out[r] = word;
-                    }
-                }
-            },
-        );
+        for (panel, row) in packed.chunks_mut(pairs * W).zip((0..range.len()).step_by(W)) {
+            let count = W.min(range.len() - row);
+            if count < W || depth % 2 == 1 {
+                panel.fill(0);
+            }
+            let (data, stride) = (&data[row * mat.row_stride..], mat.row_stride);
+            (routines.pack_lines)(panel, W, Lines { data, stride, count, depth });
+        }
     } else {
-        crate::cpu::simd(
-            #[inline(always)]
-            || {
-                let zeros = [0.0; W];
-                for (p, out) in packed.chunks_exact_mut(W).enumerate().take(depth.div_ceil(2)) {
-                    let first = &data[2 * p * mat.col_stride..][..rows];
-                    let second = match 2 * p + 1 < depth {
-                        true => &data[(2 * p + 1) * mat.col_stride..][..rows],
-                        false => &zeros[..rows],
-                    };
-                    for ((out, &a), &b) in out.iter_mut().zip(first).zip(second) {
-                        *out = word(a, b);
-                    }
+        pack_across::<W>(packed, data, mat.col_stride, range.len(), depth, pairs);
+    }
+}
+
+/// Packs `count` rows that lie across `k`: row pairs are read from end to end and dealt out to the panels.
+fn pack_across<const W: usize>(
+    packed: &mut [u32],
+    data: &[f32],
+    stride: usize,
+    count: usize,
+    depth: usize,
+    pairs: usize,
+) {
+    let zeros = [0.0; W];
+    simd!(|| {
+        for p in 0..depth.div_ceil(2) {
+            let first = &data[2 * p * stride..][..count];
+            let second = (2 * p + 1 < depth).then(|| &data[(2 * p + 1) * stride..][..count]);
+            for (t, panel) in packed.chunks_mut(pairs * W).enumerate() {
+                let out = &mut panel[p * W..][..W];
+                let width = W.min(count - t * W);
+                let a = &first[t * W..][..width];
+                let b = second.map_or(&zeros[..width], |second| &second[t * W..][..width]);
+                if width < W {
+                    out.fill(0);
                 }
-            },
-        );
+                let whole = (<&[f32; W]>::try_from(a), <&[f32; W]>::try_from(b));
+                if let (Ok(a), Ok(b)) = whole {
+                    out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = word(a, b));
+                } else {
+                    out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = word(a, b));
+                }
+            }
+        }
+    });
+}
+
+/// Packs lines that lie along `k` into a panel `width` words wide.
+fn pack_lines(panel: &mut [u32], width: usize, lines: Lines<'_>) {
+    for r in 0..lines.count {
+        let line = &lines.data[r * lines.stride..][..lines.depth];
+        for (out, pair) in panel[r..].iter_mut().step_by(width).zip(line.chunks(2)) {
+            *out = word(pair[0], pair.get(1).copied().unwrap_or(0.0));
+        }
     }
 }
 
@@ -235,35 +276,40 @@ fn pack<const W: usize>(packed: &mut [u32], mat: Mat<'_, f32>, row: usize, k: us
 fn portable_tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
     let first = |word: u32| f32::from_bits(word << 16);
     let second = |word: u32| f32::from_bits(word & 0xffff_0000);
-    crate::cpu::simd(
-        #[inline(always)]
-        || {
-            let mut tile = [[0.0; NR]; MR];
-            for (a, b) in lhs.chunks_exact(MR).zip(rhs.chunks_exact(NR)).take(pairs) {
-                for (row, &a) in tile.iter_mut().zip(a) {
-                    for (sum, &b) in row.iter_mut().zip(b) {
-                        *sum += first(a) * first(b) + second(a) * second(b);
-                    }
+    crate::cpu::simd!(|| {
+        let mut tile = [[0.0; NR]; MR];
+        for (a, b) in lhs.chunks_exact(MR).zip(rhs.chunks_exact(NR)).take(pairs) {
+            for (row, &a) in tile.iter_mut().zip(a) {
+                for (sum, &b) in row.iter_mut().zip(b) {
+                    *sum += first(a) * first(b) + second(a) * second(b);
                 }
             }
-            tile
-        },
-    )
+        }
+        tile
+    })
 }
 
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "the bf16 instructions exist as intrinsics only")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-        _mm512_setzero_ps, _mm512_storeu_ps,
+        __m128i, __m512, __m512bh, __m512i, _mm_storeu_si128, _mm512_cvtne2ps_pbh,
+        _mm512_dpbf16_ps, _mm512_extracti32x4_epi32, _mm512_loadu_ps, _mm512_loadu_si512,
+        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
-    use super::{MR, NR, Tile};
+    use super::{Lines, MR, NR, Routines, Tile};
 
-    pub(super) fn tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
+    /// Taken by `matmul` only if `is_native()`.
+    pub(super) const ROUTINES: Routines = Routines { tile, pack_lines };
+
+    /// Lines that are turned at once, and elements of each.
+    const TURN: (usize, usize) = (8, 32);
+
+    fn tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
         assert!(lhs.len() >= pairs * MR && rhs.len() >= pairs * NR);
-        // SAFETY: `matmul` takes this kernel only if `is_native()`; the panels are as long as just asserted.
+        // SAFETY: `ROUTINES` is taken only if `is_native()`; the panels are as long as just asserted.
         unsafe { native_tile(pairs, lhs.as_ptr(), rhs.as_ptr()) }
     }
 
@@ -272,27 +318,27 @@ mod avx512 {
     /// * `lhs` and `rhs` hold `pairs * MR` and `pairs * NR` words
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn native_tile(pairs: usize, lhs: *const u32, rhs: *const u32) -> Tile {
-        let mut sums: [[__m512; 2]; MR] = [[_mm512_setzero_ps(); 2]; MR];
+        let mut sums: [[__m512; 3]; MR] = [[_mm512_setzero_ps(); 3]; MR];
         for p in 0..pairs {
-            // SAFETY: row `p < pairs` of the right panel: NR = 32 words from `p * NR`.
-            let b: [__m512i; 2] = unsafe {
+            // SAFETY: row `p < pairs` of the right panel: NR = 48 words from `p * NR`.
+            let b: [__m512i; 3] = unsafe {
                 let row = rhs.add(p * NR);
-                [_mm512_loadu_si512(row.cast()), _mm512_loadu_si512(row.add(16).cast())]
+                [0, 16, 32].map(|at| _mm512_loadu_si512(row.add(at).cast()))
             };
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: word `r < MR` of row `p < pairs` of the left panel.
                 let a = unsafe { lhs.add(p * MR + r).read() };
-                let a = bits(_mm512_set1_epi32(a.cast_signed()));
-                sums[0] = _mm512_dpbf16_ps(sums[0], a, bits(b[0]));
-                sums[1] = _mm512_dpbf16_ps(sums[1], a, bits(b[1]));
+                let a = halves(_mm512_set1_epi32(a.cast_signed()));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = _mm512_dpbf16_ps(*sum, a, halves(b));
+                }
             }
         }
         let mut tile = [[0.0; NR]; MR];
         for (row, sums) in tile.iter_mut().zip(sums) {
-            // SAFETY: a row has NR = 32 elements, two vectors of 16.
-            unsafe {
-                _mm512_storeu_ps(row.as_mut_ptr(), sums[0]);
-                _mm512_storeu_ps(row.as_mut_ptr().add(16), sums[1]);
+            for (out, sum) in row.chunks_exact_mut(16).zip(sums) {
+                // SAFETY: a chunk is 16 elements, one vector.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) }
             }
         }
         tile
@@ -300,9 +346,81 @@ mod avx512 {
 
     /// The same 512 bits, seen as 32 bf16.
     #[inline(always)]
-    fn bits(words: __m512i) -> __m512bh {
+    fn halves(words: __m512i) -> __m512bh {
         // SAFETY: both are 64 plain bytes.
         unsafe { std::mem::transmute(words) }
+    }
+
+    fn pack_lines(panel: &mut [u32], width: usize, lines: Lines<'_>) {
+        let Lines { data, stride, count, depth } = lines;
+        let (turned, along) = (count / TURN.0 * TURN.0, depth / TURN.1 * TURN.1);
+        for line in (0..turned).step_by(TURN.0) {
+            for k in (0..along).step_by(TURN.1) {
+                let from = &data[line * stride + k..][..(TURN.0 - 1) * stride + TURN.1];
+                let last = (k / 2 + TURN.1 / 2 - 1) * width + line + TURN.0;
+                let into = &mut panel[k / 2 * width + line..last];
+                // SAFETY: `ROUTINES` is taken only if `is_native()`; `from` reaches to the end of the eighth
+                // line's 32 elements and `into` to the end of the sixteenth row's 8 words, as just sliced.
+                unsafe { turn(into.as_mut_ptr(), width, from.as_ptr(), stride) }
+            }
+        }
+        // What is left: the lines' ends, then the last lines.
+        if along < depth {
+            let data = &data[along..];
+            let rest = Lines { data, stride, count: turned, depth: depth - along };
+            super::pack_lines(&mut panel[along / 2 * width..], width, rest);
+        }
+        if turned < count {
+            let data = &data[turned * stride..];
+            let rest = Lines { data, stride, count: count - turned, depth };
+            super::pack_lines(&mut panel[turned..], width, rest);
+        }
+    }
+
+    /// Rounds 8 lines of 32 elements to bf16 and writes them as 16 rows of 8 words.
+    ///
+    /// # Safety
+    /// * the machine has AVX-512 F, BW and BF16
+    /// * `from` holds 32 elements at each of 8 lines, `stride` apart
+    /// * `into` holds 8 words at each of 16 rows, `width` apart
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn turn(into: *mut u32, width: usize, from: *const f32, stride: usize) {
+        let mut lines = [_mm512_setzero_si512(); 8];
+        for (l, line) in lines.iter_mut().enumerate() {
+            // SAFETY: elements 0..32 of line `l < 8`; both types are 64 plain bytes.
+            *line = unsafe {
+                let low = _mm512_loadu_ps(from.add(l * stride));
+                let high = _mm512_loadu_ps(from.add(l * stride + 16));
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            };
+        }
+        for half in [0, 4] {
+            let [a, b, c, d] = [lines[half], lines[half + 1], lines[half + 2], lines[half + 3]];
+            // Within each quarter q of a register, a 4 x 4 square is turned: row j then holds column 4 q + j.
+            let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            let columns = [
+                _mm512_unpacklo_epi64(ab_low, cd_low),
+                _mm512_unpackhi_epi64(ab_low, cd_low),
+                _mm512_unpacklo_epi64(ab_high, cd_high),
+                _mm512_unpackhi_epi64(ab_high, cd_high),
+            ];
+            for (j, column) in columns.into_iter().enumerate() {
+                let quarters = [
+                    _mm512_extracti32x4_epi32::<0>(column),
+                    _mm512_extracti32x4_epi32::<1>(column),
+                    _mm512_extracti32x4_epi32::<2>(column),
+                    _mm512_extracti32x4_epi32::<3>(column),
+                ];
+                for (q, quarter) in quarters.into_iter().enumerate() {
+                    // SAFETY: words `half..half + 4` of row `4 q + j < 16`.
+                    unsafe {
+                        let row = into.add((4 * q + j) * width + half);
+                        _mm_storeu_si128(row.cast::<__m128i>(), quarter);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -333,7 +451,7 @@ mod tests {
     #[test]
     fn equals_the_product_of_the_rounded_operands() {
         for (m, n, k) in
-            [(1, 1, 1), (12, 32, 256), (13, 33, 257), (5, 70, 3), (97, 31, 600), (500, 7, 20)]
+            [(1, 1, 1), (8, 48, 256), (9, 49, 257), (5, 70, 3), (97, 31, 600), (500, 7, 20)]
         {
             let (a, b) = (random(m * k, 1), random(k * n, 2));
             let at = |i: usize, p: usize| a[p * m + i];
@@ -345,11 +463,25 @@ mod tests {
                 oracle(m, n, k, at, bt),
             ];
             for ((lhs, rhs), want) in [plain, turned].into_iter().zip(wants) {
-                for kernel in [portable_tile as Kernel].into_iter().chain(native()) {
+                for routines in [PORTABLE].into_iter().chain(native()) {
                     let stride = n + 3;
                     let mut out = vec![f32::NAN; m * stride];
-                    blocked(kernel, MatMut::strided(&mut out, m, n, stride), lhs, rhs, false, true);
-                    blocked(kernel, MatMut::strided(&mut out, m, n, stride), lhs, rhs, true, false);
+                    blocked(
+                        routines,
+                        MatMut::strided(&mut out, m, n, stride),
+                        lhs,
+                        rhs,
+                        false,
+                        true,
+                    );
+                    blocked(
+                        routines,
+                        MatMut::strided(&mut out, m, n, stride),
+                        lhs,
+                        rhs,
+                        true,
+                        false,
+                    );
                     for (i, want) in want.iter().enumerate() {
                         let got = f64::from(out[i / n * stride + i % n]);
                         let err = (got - 2.0 * want).abs();
@@ -365,9 +497,9 @@ mod tests {
         }
     }
 
-    fn native() -> Option<Kernel> {
+    fn native() -> Option<Routines> {
         #[cfg(target_arch = "x86_64")]
-        return is_native().then_some(avx512::tile as Kernel);
+        return is_native().then_some(avx512::ROUTINES);
         #[cfg(not(target_arch = "x86_64"))]
         None
     }
