@@ -1,5 +1,6 @@
 //! Records which source and compiler a binary was built from, for `doctor`, checkpoints and reports.
 
+use std::path::Path;
 use std::process::Command;
 
 fn first_line(program: &str, args: &[&str]) -> Option<String> {
@@ -16,6 +17,12 @@ fn main() {
     let rustc = std::env::var("RUSTC").ok().and_then(|rustc| first_line(&rustc, &["--version"]));
     println!("cargo::rustc-env=PIXMIM_GIT={git}");
     println!("cargo::rustc-env=PIXMIM_RUSTC={}", rustc.unwrap_or_else(|| "unknown".into()));
-    println!("cargo::rerun-if-changed=.git/HEAD");
+    // The log of HEAD grows with every commit; in a worktree it is not under ./.git. A path that is missing would
+    // make cargo build everything anew each time.
+    if let Some(log) = first_line("git", &["rev-parse", "--git-path", "logs/HEAD"])
+        && Path::new(&log).exists()
+    {
+        println!("cargo::rerun-if-changed={log}");
+    }
     println!("cargo::rerun-if-changed=build.rs");
 }

@@ -2,14 +2,14 @@
 //! `scripts/compare-cpu` runs it in turn with the same step in PyTorch. Prints one line:
 //! `images_per_s=… ms_per_step=… peak_rss_mib=… loss=…`, medians over the steps.
 
+#[expect(dead_code, reason = "names are for the benches")]
+mod workload;
+
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use pixmim::model::MaeConfig;
-use pixmim::ops::random_masking;
-use pixmim::rng::{Purpose, Stream};
-use pixmim::train::step::{MicroBatch, Settings, Trainer};
-use pixmim::{Cpu, DType, Device, Products, Result};
+use pixmim::{Products, Result};
+use workload::{Images, SMALL64, VIT_B, Workload};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Size {
@@ -51,75 +51,35 @@ struct Cli {
 #[expect(clippy::print_stdout, reason = "its one line of output")]
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let (config, images) = match cli.size {
-        Size::Small64 => (small64(), 64),
-        Size::VitB => (MaeConfig::VIT_BASE_PATCH16, 8),
+    let workload = match cli.size {
+        Size::Small64 => SMALL64,
+        Size::VitB => VIT_B,
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads).build();
     let pool = pool.map_err(|error| pixmim::Error::invalid("threads", error.to_string()))?;
-    let (times, loss) = pool.install(|| time(&cli, config, images))?;
+    let (times, loss) = pool.install(|| time(&cli, &workload))?;
     let mut sorted = times;
     sorted.sort_by(f64::total_cmp);
     let median = sorted[sorted.len() / 2];
     println!(
         "images_per_s={:.2} ms_per_step={:.3} peak_rss_mib={} loss={loss:.4}",
-        images as f64 / median,
+        workload.images as f64 / median,
         1e3 * median,
         peak_rss_mib()
     );
     Ok(())
 }
 
-fn small64() -> MaeConfig {
-    MaeConfig {
-        image_size: 64,
-        patch_size: 8,
-        dim: 192,
-        depth: 6,
-        heads: 3,
-        decoder_dim: 96,
-        decoder_depth: 2,
-        decoder_heads: 3,
-        mlp_ratio: 4,
-    }
-}
-
-fn time(cli: &Cli, config: MaeConfig, images: usize) -> Result<(Vec<f64>, f64)> {
-    let side = config.image_size;
-    let settings = Settings {
-        micro_batch: images,
-        radius: Some(40.0 * side as f64 / 224.0),
-        norm_pix: true,
-        kept: random_masking::kept(config.patches(), 0.75),
-        mask_block: 1,
-        mean: [0.485, 0.456, 0.406],
-        std: [0.229, 0.224, 0.225],
-        betas: [0.9, 0.95],
-        eps: 1e-8,
-        weight_decay: 0.05,
-        decay_tokens: false,
-        clip: 0.0,
-        seed: 0,
-    };
+fn time(cli: &Cli, workload: &Workload) -> Result<(Vec<f64>, f64)> {
     let products = if cli.precision == Precision::F32 { Products::F32 } else { Products::Bf16 };
-    let mut trainer = Trainer::new(Device::Cpu(Cpu { products }), config, DType::F32, settings)?;
-    let bytes = side * side * 3;
-    let noise = Stream::new(1, 0, 0, Purpose::Augment);
-    let pixels: Vec<u8> = (0..images * bytes).map(|i| noise.word(i as u32) as u8).collect();
-    let geometry: Vec<i64> = (0..images)
-        .flat_map(|i| [(i * bytes) as i64, side as i64, side as i64, 0, 0, (i % 2) as i64])
-        .collect();
-    let samples: Vec<i64> = (0..images as i64).collect();
+    let mut trainer = workload.trainer(products)?;
+    let images = Images::new(workload);
     let mut times = Vec::new();
     let mut loss = f64::NAN;
-    for step in 0..cli.warmup + cli.steps.max(1) {
+    for epoch in 0..cli.warmup + cli.steps.max(1) {
         let start = Instant::now();
-        trainer.clear();
-        let epoch = step as u32;
-        let batch = MicroBatch { images: &pixels, geometry: &geometry, samples: &samples, epoch };
-        trainer.accumulate(batch, 1)?;
-        loss = trainer.update(1e-4)?.loss;
-        if step >= cli.warmup {
+        loss = workload::step(&mut trainer, &images, epoch as u32)?.loss;
+        if epoch >= cli.warmup {
             times.push(start.elapsed().as_secs_f64());
         }
     }

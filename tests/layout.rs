@@ -1,0 +1,181 @@
+//! Rules of the repository that no compiler knows: where things are, what may use what, and that documents agree with
+//! the code.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The files that may hold unsafe code. A new name needs a reason in its commit.
+const UNSAFE: [&str; 3] = ["src/cpu/gemm.rs", "src/cpu/gemm/bf16.rs", "src/tensor.rs"];
+/// Longest source file. Longer ones are split by direction or by stage, never into `utils`.
+const MOST_LINES: usize = 650;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = root().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Files below `folder` with this extension, relative to the root, sorted.
+fn files(folder: &str, extension: &str) -> Vec<String> {
+    fn walk(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                walk(&entry, extension, found);
+            } else if entry.extension().is_some_and(|e| e == extension) {
+                found.push(entry);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&root().join(folder), extension, &mut found);
+    let relative = |path: PathBuf| path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+    let mut found: Vec<_> = found.into_iter().map(relative).collect();
+    found.sort();
+    assert!(!found.is_empty(), "no .{extension} in {folder}");
+    found
+}
+
+fn rust_files() -> Vec<String> {
+    ["src", "tests", "benches", "examples"].iter().flat_map(|folder| files(folder, "rs")).collect()
+}
+
+/// Lines with their numbers, comments left out.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    (1..).zip(text.lines().map(|line| line.split("//").next().unwrap()))
+}
+
+/// The ops, by the files that hold them.
+fn ops() -> Vec<String> {
+    let stem = |path: String| path.strip_prefix("src/ops/")?.strip_suffix(".rs").map(str::to_owned);
+    let ops: Vec<_> = files("src/ops", "rs").into_iter().filter_map(stem).collect();
+    ops.into_iter().filter(|op| op != "mod").collect()
+}
+
+#[test]
+fn every_op_has_a_row_tests_and_benches() {
+    let table = read("src/ops/mod.rs");
+    let readme = read("README.md");
+    let mains = ["tests/ops/main.rs", "benches/ops/main.rs"].map(|main| (main, read(main)));
+    for op in ops() {
+        assert!(table.contains(&format!("//! | [`{op}`] |")), "{op} has no row in src/ops/mod.rs");
+        assert!(table.contains(&format!("pub mod {op};")), "{op} is no module of src/ops/mod.rs");
+        assert!(readme.contains(&format!("| `{op}` |")), "{op} has no row in README.md");
+        for (main, text) in &mains {
+            let stem = main.replace("main", &op);
+            assert!(root().join(&stem).is_file(), "{op} has no {stem}");
+            assert!(text.contains(&format!("mod {op};")), "{main} leaves out {op}");
+        }
+    }
+    let rows = table.lines().filter(|line| line.starts_with("//! | [`")).count();
+    assert_eq!(rows, ops().len(), "src/ops/mod.rs has a row without an op");
+}
+
+#[test]
+fn unsafe_code_is_where_it_may_be_and_nowhere_else() {
+    let is_unsafe = |path: &String| {
+        code(&read(path))
+            .flat_map(|(_, line)| line.split(|c: char| !c.is_alphanumeric() && c != '_'))
+            .any(|word| word == "unsafe")
+    };
+    let found: Vec<_> = rust_files()
+        .into_iter()
+        .filter(|path| !path.starts_with("tests/"))
+        .filter(is_unsafe)
+        .collect();
+    assert_eq!(found, UNSAFE);
+}
+
+#[test]
+fn no_source_file_is_longer_than_a_reader_bears() {
+    for path in rust_files() {
+        let lines = read(&path).lines().count();
+        assert!(lines <= MOST_LINES, "{path} has {lines} lines, may have {MOST_LINES}");
+    }
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    for path in files("src", "rs") {
+        for (number, line) in (1..).zip(read(&path).lines()) {
+            for word in ["TODO", "FIXME", "XXX", "HACK", "todo!", "unimplemented!", "dbg!"] {
+                assert!(!line.contains(word), "{path}:{number} says {word}: {line}");
+            }
+        }
+    }
+}
+
+/// `from` may not name any of `above`: reading goes down only.
+fn assert_below(from: &[String], above: &[&str]) {
+    for path in from {
+        for (number, line) in code(&read(path)) {
+            for module in above {
+                let named = line.contains(&format!("crate::{module}"))
+                    || line.contains(&format!("super::super::{module}"));
+                assert!(!named, "{path}:{number} looks up at {module}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reading_goes_down_only() {
+    let ground = ["device", "dtype", "error", "rng", "tensor"].map(|m| format!("src/{m}.rs"));
+    assert_below(&ground, &["ops", "model", "data", "train"]);
+    assert_below(&files("src/cpu", "rs"), &["ops", "model", "data", "train"]);
+    assert_below(&files("src/ops", "rs"), &["model", "data", "train"]);
+    assert_below(&files("src/model", "rs"), &["data", "train"]);
+    assert_below(&files("src/data", "rs"), &["ops", "model", "train::run", "train::step"]);
+}
+
+#[test]
+fn ops_do_not_print_or_read_files_or_the_clock() {
+    for path in files("src/ops", "rs") {
+        for (number, line) in code(&read(&path)) {
+            for word in ["println!", "print!", "std::fs", "std::io", "std::time", "std::env"] {
+                assert!(!line.contains(word), "{path}:{number} uses {word}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_changelog_has_this_version() {
+    let heading = format!("## [{}]", env!("CARGO_PKG_VERSION"));
+    let changelog = read("CHANGELOG.md");
+    assert!(changelog.lines().any(|line| line.starts_with(&heading)), "CHANGELOG.md: no {heading}");
+}
+
+#[test]
+fn the_gate_runs_the_commands_that_the_readme_shows_first() {
+    let readme = read("README.md");
+    let (_, rest) = readme.split_once("```sh\n").unwrap();
+    let (commands, _) = rest.split_once("```").unwrap();
+    let gate = read(".ci/run");
+    assert_eq!(commands.lines().count(), 2, "README.md starts with two commands");
+    for command in commands.lines().chain(["cargo bench"]) {
+        let command = command.split(" #").next().unwrap().trim_end();
+        assert!(gate.contains(command), ".ci/run does not run `{command}`");
+    }
+}
+
+#[test]
+fn links_in_documents_lead_somewhere() {
+    let mut documents = files("docs", "md");
+    documents
+        .extend(["README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG"].map(|n| format!("{n}.md")));
+    for path in documents {
+        let text = read(&path);
+        let folder = root().join(&path).parent().unwrap().to_owned();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let file = link.split('#').next().unwrap();
+            if !file.is_empty() && !file.contains("://") {
+                assert!(folder.join(file).exists(), "{path} links to {file}, which is not there");
+            }
+        }
+    }
+}
