@@ -13,7 +13,6 @@
 use rayon::prelude::*;
 
 use super::{Mat, MatMut, assert_conform};
-use crate::cpu::simd;
 
 /// Rows of a tile.
 const MR: usize = 8;
@@ -276,7 +275,7 @@ fn pack_lines(panel: &mut [u32], width: usize, lines: Lines<'_>) {
 fn portable_tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
     let first = |word: u32| f32::from_bits(word << 16);
     let second = |word: u32| f32::from_bits(word & 0xffff_0000);
-    crate::cpu::simd!(|| {
+    simd!(|| {
         let mut tile = [[0.0; NR]; MR];
         for (a, b) in lhs.chunks_exact(MR).zip(rhs.chunks_exact(NR)).take(pairs) {
             for (row, &a) in tile.iter_mut().zip(a) {
