@@ -9,7 +9,7 @@ pub(crate) use real::Real;
 /// is, so functions that it calls are marked `#[inline(always)]`, as the macro marks the closure.
 macro_rules! simd {
     (|| $work:expr) => {
-        pulp::Arch::new().dispatch(
+        $crate::cpu::dispatch(
             #[inline(always)]
             || $work,
         )
@@ -19,6 +19,12 @@ pub(crate) use simd;
 
 pub mod gemm;
 mod real;
+
+/// Behind `simd!`.
+#[inline(always)]
+pub(crate) fn dispatch<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
 
 /// Lanes of the sums below: wide enough for two AVX-512 registers of f32, and the same on every machine.
 const LANES: usize = 32;

@@ -9,8 +9,8 @@ use crate::common::{
 };
 use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit};
 
-const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
-const STD: [f32; 3] = [0.229, 0.224, 0.225];
+const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+const STD: [f64; 3] = [0.229, 0.224, 0.225];
 
 /// An image and what is cropped from it.
 #[derive(Clone, Debug)]
@@ -113,7 +113,7 @@ impl Batch {
         let (row, column) = (id as usize / self.grid, id as usize % self.grid);
         let (y, x) = (row * self.patch + y, column * self.patch + x);
         let pixel = self.pictures[b].pixel(self.side(), c, y, x);
-        (pixel - f64::from(MEAN[c])) / f64::from(STD[c])
+        (pixel - MEAN[c]) / STD[c]
     }
 
     fn naive(&self, ids: &[i32], channel_first: bool) -> Vec<f64> {
@@ -186,7 +186,7 @@ fn a_patch_runs_channel_row_column_and_a_target_row_column_channel() {
     let bytes = |numbers: &[f64], channel: fn(usize) -> usize| -> Vec<u8> {
         let unit = |(i, x): (usize, &f64)| {
             let c = channel(i);
-            x * f64::from(STD[c]) + f64::from(MEAN[c])
+            x * STD[c] + MEAN[c]
         };
         numbers.iter().enumerate().map(|at| (255.0 * unit(at)).round() as u8).collect()
     };

@@ -9,8 +9,8 @@ use crate::common::{
 };
 use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit, workspace_arg};
 
-const NO_MEAN: [f32; 3] = [0.0; 3];
-const NO_STD: [f32; 3] = [1.0; 3];
+const NO_MEAN: [f64; 3] = [0.0; 3];
+const NO_STD: [f64; 3] = [1.0; 3];
 
 /// The patches `ids` of the filtered images, as the op gives them.
 fn targets<T: Real>(
@@ -18,7 +18,7 @@ fn targets<T: Real>(
     pixels: &[T],
     patch: usize,
     ids: &[i32],
-    [mean, std]: [[f32; 3]; 2],
+    [mean, std]: [[f64; 3]; 2],
 ) -> Vec<T> {
     let side = filter.size();
     let images = pixels.len() / (3 * side * side);
@@ -300,7 +300,7 @@ fn only_the_patches_asked_for_come_normalised_row_column_channel() {
             let (y, x, c) = (id / 4 * 3 + e / 9, id % 4 * 3 + e / 3 % 3, e % 3);
             let at = ((i as i32 / 3 * 3 + c) * 12 + y) * 12 + x;
             let c = c as usize;
-            want.push((whole[at as usize] - f64::from(mean[c])) / f64::from(std[c]));
+            want.push((whole[at as usize] - mean[c]) / std[c]);
         }
     }
     close("target", &got, &want, 1e-13);

@@ -10,10 +10,12 @@
 //! Source   the loop nest is that of Goto and van de Geijn 2008, "Anatomy of high-performance matrix
 //!          multiplication".
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use rayon::prelude::*;
 
 use super::{Mat, MatMut, assert_conform};
-use crate::cpu::simd;
 
 /// Rows of a tile.
 const MR: usize = 8;
@@ -26,17 +28,23 @@ const MC: usize = 60 * MR;
 /// Columns of a block of the right operand: 2 MiB packed, shared by all threads.
 const NC: usize = 86 * NR;
 
-type Tile = [[f32; NR]; MR];
-/// The two routines that differ between machines.
+/// The routines that differ between machines.
 #[derive(Clone, Copy)]
 struct Routines {
-    /// The product of two panels of `pairs` rows.
-    tile: fn(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile,
-    /// Packs lines that lie along `k`: see [`pack_lines`].
-    pack_lines: fn(panel: &mut [u32], width: usize, lines: Lines<'_>),
+    tile: fn(tile: Tile<'_>, pairs: usize, lhs: &[u32], rhs: &[u32], accumulate: bool),
+    pack_along: fn(panel: &mut [u32], width: usize, lines: Lines<'_>),
+    pack_across: fn(packed: &mut [u32], width: usize, pairs: usize, lines: Lines<'_>),
 }
 
-/// Neighbouring lines of a matrix, each along `k`.
+const PORTABLE: Routines = Routines { tile, pack_along, pack_across };
+
+/// Where the product of two panels goes: `MR x NR` elements, rows `stride` apart.
+struct Tile<'a> {
+    out: &'a mut [f32],
+    stride: usize,
+}
+
+/// `count` lines of a matrix, `stride` apart, and `depth` elements along `k`: of each line, or `depth` lines.
 #[derive(Clone, Copy)]
 struct Lines<'a> {
     data: &'a [f32],
@@ -45,13 +53,12 @@ struct Lines<'a> {
     depth: usize,
 }
 
-const PORTABLE: Routines = Routines { tile: portable_tile, pack_lines };
-
 /// Whether this machine multiplies pairs of bf16 in one instruction.
 pub(crate) fn is_native() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("avx512f")
         && std::arch::is_x86_feature_detected!("avx512bw")
+        && std::arch::is_x86_feature_detected!("avx512vl")
         && std::arch::is_x86_feature_detected!("avx512bf16");
     #[cfg(not(target_arch = "x86_64"))]
     false
@@ -166,26 +173,27 @@ impl Block {
     /// Runs the kernel on every tile of the block. `dst` starts at the block's first row.
     fn multiply(&self, routines: Routines, dst: &mut [f32], panels: Panels<'_>, accumulate: bool) {
         let Panels { pairs, lhs, rhs } = panels;
-        simd!(|| {
-            for (rhs_panel, col) in rhs.chunks(pairs * NR).zip(self.cols.clone().step_by(NR)) {
-                let width = NR.min(self.cols.end - col);
-                for (lhs_panel, row) in lhs.chunks(pairs * MR).zip((0..self.rows).step_by(MR)) {
-                    let tile = (routines.tile)(pairs, lhs_panel, rhs_panel);
-                    let rows = dst[row * self.row_stride..].chunks_mut(self.row_stride);
-                    for (sums, out) in tile.iter().take(self.rows - row).zip(rows) {
-                        let out = &mut out[col..col + width];
-                        if let (Ok(out), true) = (<&mut [f32; NR]>::try_from(&mut *out), accumulate)
-                        {
-                            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-                        } else if accumulate {
-                            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-                        } else {
-                            out.copy_from_slice(&sums[..width]);
-                        }
+        let stride = self.row_stride;
+        for (rhs, col) in rhs.chunks(pairs * NR).zip(self.cols.clone().step_by(NR)) {
+            let width = NR.min(self.cols.end - col);
+            for (lhs, row) in lhs.chunks(pairs * MR).zip((0..self.rows).step_by(MR)) {
+                let height = MR.min(self.rows - row);
+                let out = &mut dst[row * stride + col..][..(height - 1) * stride + width];
+                if (height, width) == (MR, NR) {
+                    (routines.tile)(Tile { out, stride }, pairs, lhs, rhs, accumulate);
+                    continue;
+                }
+                // An edge: the whole tile goes aside, and what is inside is taken from it.
+                let mut aside = [0.0; MR * NR];
+                let whole = Tile { out: &mut aside, stride: NR };
+                (routines.tile)(whole, pairs, lhs, rhs, false);
+                for (out, sums) in out.chunks_mut(stride).zip(aside.chunks(NR)) {
+                    for (out, sum) in out.iter_mut().zip(&sums[..width]) {
+                        *out = if accumulate { *out + sum } else { *sum };
                     }
                 }
             }
-        });
+        }
     }
 }
 
@@ -213,57 +221,26 @@ fn pack<const W: usize>(
     k: usize,
     pairs: usize,
 ) {
-    let depth = (mat.cols - k).min(2 * pairs);
+    let (count, depth) = (range.len(), (mat.cols - k).min(2 * pairs));
     let data = &mat.data[range.start * mat.row_stride + k * mat.col_stride..];
+    if count % W > 0 {
+        // The last panel has columns that no row fills.
+        packed[count / W * pairs * W..].fill(0);
+    }
     if mat.col_stride == 1 {
-        for (panel, row) in packed.chunks_mut(pairs * W).zip((0..range.len()).step_by(W)) {
-            let count = W.min(range.len() - row);
-            if count < W || depth % 2 == 1 {
-                panel.fill(0);
-            }
+        for (panel, row) in packed.chunks_mut(pairs * W).zip((0..count).step_by(W)) {
             let (data, stride) = (&data[row * mat.row_stride..], mat.row_stride);
-            (routines.pack_lines)(panel, W, Lines { data, stride, count, depth });
+            let lines = Lines { data, stride, count: W.min(count - row), depth };
+            (routines.pack_along)(panel, W, lines);
         }
     } else {
-        pack_across::<W>(packed, data, mat.col_stride, range.len(), depth, pairs);
+        let lines = Lines { data, stride: mat.col_stride, count, depth };
+        (routines.pack_across)(packed, W, pairs, lines);
     }
 }
 
-/// Packs `count` rows that lie across `k`: row pairs are read from end to end and dealt out to the panels.
-fn pack_across<const W: usize>(
-    packed: &mut [u32],
-    data: &[f32],
-    stride: usize,
-    count: usize,
-    depth: usize,
-    pairs: usize,
-) {
-    let zeros = [0.0; W];
-    simd!(|| {
-        for p in 0..depth.div_ceil(2) {
-            let first = &data[2 * p * stride..][..count];
-            let second = (2 * p + 1 < depth).then(|| &data[(2 * p + 1) * stride..][..count]);
-            for (t, panel) in packed.chunks_mut(pairs * W).enumerate() {
-                let out = &mut panel[p * W..][..W];
-                let width = W.min(count - t * W);
-                let a = &first[t * W..][..width];
-                let b = second.map_or(&zeros[..width], |second| &second[t * W..][..width]);
-                if width < W {
-                    out.fill(0);
-                }
-                let whole = (<&[f32; W]>::try_from(a), <&[f32; W]>::try_from(b));
-                if let (Ok(a), Ok(b)) = whole {
-                    out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = word(a, b));
-                } else {
-                    out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = word(a, b));
-                }
-            }
-        }
-    });
-}
-
-/// Packs lines that lie along `k` into a panel `width` words wide.
-fn pack_lines(panel: &mut [u32], width: usize, lines: Lines<'_>) {
+/// Packs rows whose lines lie along `k` into one panel, `width` words wide.
+fn pack_along(panel: &mut [u32], width: usize, lines: Lines<'_>) {
     for r in 0..lines.count {
         let line = &lines.data[r * lines.stride..][..lines.depth];
         for (out, pair) in panel[r..].iter_mut().step_by(width).zip(line.chunks(2)) {
@@ -272,156 +249,39 @@ fn pack_lines(panel: &mut [u32], width: usize, lines: Lines<'_>) {
     }
 }
 
+/// Packs rows whose lines lie across `k` into panels `width` words wide: two lines at a time are read from end to end
+/// and dealt out to the panels.
+fn pack_across(packed: &mut [u32], width: usize, pairs: usize, lines: Lines<'_>) {
+    let Lines { data, stride, count, depth } = lines;
+    for p in 0..depth.div_ceil(2) {
+        let first = &data[2 * p * stride..][..count];
+        let second = (2 * p + 1 < depth).then(|| &data[(2 * p + 1) * stride..][..count]);
+        for (r, &a) in first.iter().enumerate() {
+            let b = second.map_or(0.0, |second| second[r]);
+            packed[r / width * pairs * width + p * width + r % width] = word(a, b);
+        }
+    }
+}
+
 /// The kernel for machines without bf16 instructions: the same numbers up to the order of the two sums in a pair.
-fn portable_tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
+fn tile(tile: Tile<'_>, pairs: usize, lhs: &[u32], rhs: &[u32], accumulate: bool) {
     let first = |word: u32| f32::from_bits(word << 16);
     let second = |word: u32| f32::from_bits(word & 0xffff_0000);
-    crate::cpu::simd!(|| {
-        let mut tile = [[0.0; NR]; MR];
+    simd!(|| {
+        let mut all = [[0.0; NR]; MR];
         for (a, b) in lhs.chunks_exact(MR).zip(rhs.chunks_exact(NR)).take(pairs) {
-            for (row, &a) in tile.iter_mut().zip(a) {
-                for (sum, &b) in row.iter_mut().zip(b) {
+            for (sums, &a) in all.iter_mut().zip(a) {
+                for (sum, &b) in sums.iter_mut().zip(b) {
                     *sum += first(a) * first(b) + second(a) * second(b);
                 }
             }
         }
-        tile
-    })
-}
-
-#[cfg(target_arch = "x86_64")]
-#[expect(unsafe_code, reason = "the bf16 instructions exist as intrinsics only")]
-mod avx512 {
-    use std::arch::x86_64::{
-        __m128i, __m512, __m512bh, __m512i, _mm_storeu_si128, _mm512_cvtne2ps_pbh,
-        _mm512_dpbf16_ps, _mm512_extracti32x4_epi32, _mm512_loadu_ps, _mm512_loadu_si512,
-        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
-    };
-
-    use super::{Lines, MR, NR, Routines, Tile};
-
-    /// Taken by `matmul` only if `is_native()`.
-    pub(super) const ROUTINES: Routines = Routines { tile, pack_lines };
-
-    /// Lines that are turned at once, and elements of each.
-    const TURN: (usize, usize) = (8, 32);
-
-    fn tile(pairs: usize, lhs: &[u32], rhs: &[u32]) -> Tile {
-        assert!(lhs.len() >= pairs * MR && rhs.len() >= pairs * NR);
-        // SAFETY: `ROUTINES` is taken only if `is_native()`; the panels are as long as just asserted.
-        unsafe { native_tile(pairs, lhs.as_ptr(), rhs.as_ptr()) }
-    }
-
-    /// # Safety
-    /// * the machine has AVX-512 F, BW and BF16
-    /// * `lhs` and `rhs` hold `pairs * MR` and `pairs * NR` words
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn native_tile(pairs: usize, lhs: *const u32, rhs: *const u32) -> Tile {
-        let mut sums: [[__m512; 3]; MR] = [[_mm512_setzero_ps(); 3]; MR];
-        for p in 0..pairs {
-            // SAFETY: row `p < pairs` of the right panel: NR = 48 words from `p * NR`.
-            let b: [__m512i; 3] = unsafe {
-                let row = rhs.add(p * NR);
-                [0, 16, 32].map(|at| _mm512_loadu_si512(row.add(at).cast()))
-            };
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: word `r < MR` of row `p < pairs` of the left panel.
-                let a = unsafe { lhs.add(p * MR + r).read() };
-                let a = halves(_mm512_set1_epi32(a.cast_signed()));
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = _mm512_dpbf16_ps(*sum, a, halves(b));
-                }
+        for (out, sums) in tile.out.chunks_mut(tile.stride).zip(all) {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = if accumulate { *out + sum } else { sum };
             }
         }
-        let mut tile = [[0.0; NR]; MR];
-        for (row, sums) in tile.iter_mut().zip(sums) {
-            for (out, sum) in row.chunks_exact_mut(16).zip(sums) {
-                // SAFETY: a chunk is 16 elements, one vector.
-                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) }
-            }
-        }
-        tile
-    }
-
-    /// The same 512 bits, seen as 32 bf16.
-    #[inline(always)]
-    fn halves(words: __m512i) -> __m512bh {
-        // SAFETY: both are 64 plain bytes.
-        unsafe { std::mem::transmute(words) }
-    }
-
-    fn pack_lines(panel: &mut [u32], width: usize, lines: Lines<'_>) {
-        let Lines { data, stride, count, depth } = lines;
-        let (turned, along) = (count / TURN.0 * TURN.0, depth / TURN.1 * TURN.1);
-        for line in (0..turned).step_by(TURN.0) {
-            for k in (0..along).step_by(TURN.1) {
-                let from = &data[line * stride + k..][..(TURN.0 - 1) * stride + TURN.1];
-                let last = (k / 2 + TURN.1 / 2 - 1) * width + line + TURN.0;
-                let into = &mut panel[k / 2 * width + line..last];
-                // SAFETY: `ROUTINES` is taken only if `is_native()`; `from` reaches to the end of the eighth
-                // line's 32 elements and `into` to the end of the sixteenth row's 8 words, as just sliced.
-                unsafe { turn(into.as_mut_ptr(), width, from.as_ptr(), stride) }
-            }
-        }
-        // What is left: the lines' ends, then the last lines.
-        if along < depth {
-            let data = &data[along..];
-            let rest = Lines { data, stride, count: turned, depth: depth - along };
-            super::pack_lines(&mut panel[along / 2 * width..], width, rest);
-        }
-        if turned < count {
-            let data = &data[turned * stride..];
-            let rest = Lines { data, stride, count: count - turned, depth };
-            super::pack_lines(&mut panel[turned..], width, rest);
-        }
-    }
-
-    /// Rounds 8 lines of 32 elements to bf16 and writes them as 16 rows of 8 words.
-    ///
-    /// # Safety
-    /// * the machine has AVX-512 F, BW and BF16
-    /// * `from` holds 32 elements at each of 8 lines, `stride` apart
-    /// * `into` holds 8 words at each of 16 rows, `width` apart
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn turn(into: *mut u32, width: usize, from: *const f32, stride: usize) {
-        let mut lines = [_mm512_setzero_si512(); 8];
-        for (l, line) in lines.iter_mut().enumerate() {
-            // SAFETY: elements 0..32 of line `l < 8`; both types are 64 plain bytes.
-            *line = unsafe {
-                let low = _mm512_loadu_ps(from.add(l * stride));
-                let high = _mm512_loadu_ps(from.add(l * stride + 16));
-                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-            };
-        }
-        for half in [0, 4] {
-            let [a, b, c, d] = [lines[half], lines[half + 1], lines[half + 2], lines[half + 3]];
-            // Within each quarter q of a register, a 4 x 4 square is turned: row j then holds column 4 q + j.
-            let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-            let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-            let columns = [
-                _mm512_unpacklo_epi64(ab_low, cd_low),
-                _mm512_unpackhi_epi64(ab_low, cd_low),
-                _mm512_unpacklo_epi64(ab_high, cd_high),
-                _mm512_unpackhi_epi64(ab_high, cd_high),
-            ];
-            for (j, column) in columns.into_iter().enumerate() {
-                let quarters = [
-                    _mm512_extracti32x4_epi32::<0>(column),
-                    _mm512_extracti32x4_epi32::<1>(column),
-                    _mm512_extracti32x4_epi32::<2>(column),
-                    _mm512_extracti32x4_epi32::<3>(column),
-                ];
-                for (q, quarter) in quarters.into_iter().enumerate() {
-                    // SAFETY: words `half..half + 4` of row `4 q + j < 16`.
-                    unsafe {
-                        let row = into.add((4 * q + j) * width + half);
-                        _mm_storeu_si128(row.cast::<__m128i>(), quarter);
-                    }
-                }
-            }
-        }
-    }
+    });
 }
 
 #[cfg(test)]
