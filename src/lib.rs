@@ -27,3 +27,7 @@ pub use tensor::{Arena, Tensor, TensorMut, TensorRef};
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (git ", env!("PIXMIM_GIT"), ")");
 /// The compiler this crate was built with.
 pub const RUSTC: &str = env!("PIXMIM_RUSTC");
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The files that may hold unsafe code. A new name needs a reason in its commit.
-const UNSAFE: [&str; 3] = ["src/cpu/gemm.rs", "src/cpu/gemm/bf16.rs", "src/tensor.rs"];
+const UNSAFE: [&str; 3] = ["src/cpu/gemm.rs", "src/cpu/gemm/bf16/avx512.rs", "src/tensor.rs"];
 /// Longest source file. Longer ones are split by direction or by stage, never into `utils`.
 const MOST_LINES: usize = 650;
 
@@ -109,14 +109,23 @@ fn nothing_is_left_for_later() {
     }
 }
 
-/// `from` may not name any of `above`: reading goes down only.
+/// Whether a line of code goes through `module`, as in `crate::model` or `model::Mae`.
+fn names(line: &str, module: &str) -> bool {
+    line.match_indices(module).any(|(at, _)| {
+        let (before, after) = (&line[..at], &line[at + module.len()..]);
+        let whole = !before.ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        whole
+            && !before.ends_with("std::")
+            && (after.starts_with("::") || before.ends_with("crate::"))
+    })
+}
+
+/// No file of `from` may name any module of `above`.
 fn assert_below(from: &[String], above: &[&str]) {
     for path in from {
         for (number, line) in code(&read(path)) {
             for module in above {
-                let named = line.contains(&format!("crate::{module}"))
-                    || line.contains(&format!("super::super::{module}"));
-                assert!(!named, "{path}:{number} looks up at {module}: {line}");
+                assert!(!names(line, module), "{path}:{number} looks up at {module}: {line}");
             }
         }
     }
