@@ -4,6 +4,8 @@ use crate::{Error, Result};
 
 /// Sizes of a masked autoencoder with a ViT encoder (He et al. 2021, arXiv:2111.06377).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "train", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "train", serde(deny_unknown_fields))]
 pub struct MaeConfig {
     /// Side of the square input, in pixels (S).
     pub image_size: usize,

@@ -1,7 +1,8 @@
 //! Whether the values of a config are possible, and fit together.
 
 use super::keys::KEYS;
-use super::{Auto, Config, Model, write};
+use super::{Auto, Config, write};
+use crate::model::MaeConfig;
 use crate::model::config::near_divisors;
 use crate::{Error, Result};
 
@@ -45,9 +46,9 @@ impl Config {
     }
 
     fn check_model(&self) -> Result<()> {
-        self.mae().check()?;
+        self.model.check()?;
         if self.patches() > MAX_PATCHES {
-            let Model { image_size, patch_size, .. } = self.model;
+            let MaeConfig { image_size, patch_size, .. } = self.model;
             let why = format!(
                 "is {patch_size}: an image of {image_size} pixels a side has {} patches, more than {MAX_PATCHES}; \
                  use a larger patch or a smaller model.image_size",
