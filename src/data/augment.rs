@@ -5,46 +5,15 @@
 
 use crate::data::Image;
 use crate::data::resize::{Rect, resize, short_side};
+pub use crate::ops::input::{Geometry, reflect};
 use crate::rng::{Purpose, Stream};
 use crate::train::config::Interpolation;
 use crate::{Error, Result};
 
-/// Which `S x S` crop of an image of bytes the network sees.
-///
-/// Pixel `(y, x)` of the crop is pixel `(reflect(top + y, height), reflect(left + x', width))` of the image, where
-/// `x'` is `x`, or `S - 1 - x` if `flip` is set. Words of 64 bits in this order, for kernels to read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-pub struct Geometry {
-    /// Byte of the batch's `images` at which the image starts.
-    pub offset: i64,
-    /// Rows of the image.
-    pub height: i64,
-    /// Columns of the image.
-    pub width: i64,
-    /// First row of the crop; negative within the reflected border.
-    pub top: i64,
-    /// First column of the crop; negative within the reflected border.
-    pub left: i64,
-    /// 1: the crop is mirrored left to right, after it was taken; 0: it is not.
-    pub flip: i64,
-}
-
-impl Geometry {
-    /// The crop that starts at the first pixel of `image`, not mirrored: all of it, if it is square.
-    #[must_use]
-    pub fn whole(image: &Image) -> Self {
-        Self { height: image.height as i64, width: image.width as i64, ..Self::default() }
-    }
-}
-
-/// The pixel that lies at `i` when `0..n` is continued by reflection that does not repeat the edge:
-/// `.. 2 1 | 0 1 2 .. n-1 | n-2 n-3 ..`. Holds for `-n < i < 2 n - 1`.
+/// The crop that starts at the first pixel of `image`, not mirrored: all of it, if it is square.
 #[must_use]
-pub const fn reflect(i: i64, n: usize) -> usize {
-    let last = n as i64 - 1;
-    let i = i.abs();
-    (if i > last { 2 * last - i } else { i }) as usize
+pub fn whole(image: &Image) -> Geometry {
+    Geometry { height: image.height as i64, width: image.width as i64, ..Geometry::default() }
 }
 
 /// The choices made for `sample` in `epoch`.
@@ -152,6 +121,6 @@ pub fn center(image: &Image, size: usize, interpolation: Interpolation) -> (Imag
     let resized = resize(image, Rect::whole(image), target, interpolation);
     let start = |extent: usize| ((extent - size) as f64 / 2.0).round_ties_even() as i64;
     let (top, left) = (start(resized.height), start(resized.width));
-    let geometry = Geometry { top, left, ..Geometry::whole(&resized) };
+    let geometry = Geometry { top, left, ..whole(&resized) };
     (resized, geometry)
 }

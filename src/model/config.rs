@@ -4,6 +4,8 @@ use crate::{Error, Result};
 
 /// Sizes of a masked autoencoder with a ViT encoder (He et al. 2021, arXiv:2111.06377).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "train", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "train", serde(deny_unknown_fields))]
 pub struct MaeConfig {
     /// Side of the square input, in pixels (S).
     pub image_size: usize,
@@ -92,13 +94,17 @@ impl MaeConfig {
                 return Err(Error::invalid(key, format!("is {value}, must be 1 to {most}")));
             }
         }
-        if !self.image_size.is_multiple_of(self.patch_size) {
-            let below = (self.image_size / self.patch_size * self.patch_size).max(self.patch_size);
+        let (image, patch) = (self.image_size, self.patch_size);
+        if patch > image {
+            let why =
+                format!("is {patch}, larger than model.image_size {image}; use a smaller patch");
+            return Err(Error::invalid("model.patch_size", why));
+        }
+        if !image.is_multiple_of(patch) {
+            let below = image - image % patch;
             let why = format!(
-                "is {}, not a multiple of model.patch_size {}; use {below} or {}",
-                self.image_size,
-                self.patch_size,
-                below + self.patch_size
+                "is {image} and not a multiple of model.patch_size {patch}; use {below} or {}",
+                below + patch
             );
             return Err(Error::invalid("model.image_size", why));
         }
@@ -107,15 +113,31 @@ impl MaeConfig {
             ("model.decoder_dim", self.decoder_dim, "model.decoder_heads", self.decoder_heads),
         ];
         for (dim_key, dim, heads_key, heads) in widths {
-            if !dim.is_multiple_of(heads) {
-                let why = format!("is {heads} and does not divide {dim_key} {dim}");
-                return Err(Error::invalid(heads_key, why));
-            }
             if !dim.is_multiple_of(4) {
-                let why = format!("is {dim}, must be a multiple of 4: positions take four parts");
+                let below = dim - dim % 4;
+                let why = format!(
+                    "is {dim} and not divisible by 4, as its position embedding of two sines and two \
+                     cosines needs; use {below} or {}",
+                    below + 4
+                );
                 return Err(Error::invalid(dim_key, why));
+            }
+            if !dim.is_multiple_of(heads) {
+                let why = format!(
+                    "is {heads} and does not divide {dim_key} {dim}; use {}",
+                    near_divisors(dim, heads)
+                );
+                return Err(Error::invalid(heads_key, why));
             }
         }
         Ok(())
     }
+}
+
+/// The divisors of `whole` next to `part` on both sides, in words: "32 or 64".
+pub(crate) fn near_divisors(whole: usize, part: usize) -> String {
+    let below = (1..part.min(whole + 1)).rev().find(|part| whole.is_multiple_of(*part));
+    let above = (part + 1..=whole).find(|part| whole.is_multiple_of(*part));
+    let near: Vec<_> = [below, above].into_iter().flatten().map(|near| near.to_string()).collect();
+    near.join(" or ")
 }

@@ -7,8 +7,38 @@
 use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
-/// Fields of a row of [`Forward::geometry`].
-pub const GEOMETRY_FIELDS: usize = 6;
+/// Which `S x S` crop of an image of bytes the network sees.
+///
+/// Pixel `(y, x)` of the crop is pixel `(reflect(top + y, height), reflect(left + x', width))` of the image, where
+/// `x'` is `x`, or `S - 1 - x` if `flip` is set. A row of [`Forward::geometry`], words of 64 bits in this order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Geometry {
+    /// Byte of the batch's `images` at which the image starts.
+    pub offset: i64,
+    /// Rows of the image.
+    pub height: i64,
+    /// Columns of the image.
+    pub width: i64,
+    /// First row of the crop; negative within the reflected border.
+    pub top: i64,
+    /// First column of the crop; negative within the reflected border.
+    pub left: i64,
+    /// 1: the crop is mirrored left to right, after it was taken; 0: it is not.
+    pub flip: i64,
+}
+
+/// Fields of a [`Geometry`].
+pub const GEOMETRY_FIELDS: usize = size_of::<Geometry>() / size_of::<i64>();
+
+/// The pixel that lies at `i` when `0..n` is continued by reflection that does not repeat the edge:
+/// `.. 2 1 | 0 1 2 .. n-1 | n-2 n-3 ..`. Holds for `-n < i < 2 n - 1`.
+#[must_use]
+pub const fn reflect(i: i64, n: usize) -> usize {
+    let last = n as i64 - 1;
+    let i = i.abs();
+    (if i > last { 2 * last - i } else { i }) as usize
+}
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -19,9 +49,7 @@ pub struct Forward<'a> {
     pub target: Target<'a>,
     /// `(bytes)` u8: the images of the batch, one after another, each `(height, width, 3)` RGB.
     pub images: TensorRef<'a>,
-    /// `(B, 6)` i64: offset of the image in `images` in bytes, its height and width, top and left of the crop in it,
-    /// and 1 if the crop is mirrored, else 0. A crop may reach over an edge by less than the image's extent: there
-    /// the image is reflected, the edge itself not repeated.
+    /// `(B, 6)` i64, a [`Geometry`] each. A crop may reach over an edge by less than the image's extent.
     pub geometry: TensorRef<'a>,
     /// `(B, K)` i32.
     pub ids_keep: TensorRef<'a>,
@@ -111,8 +139,9 @@ impl Forward<'_> {
         };
         expect_ids(OP, "ids_keep", self.ids_keep.as_slice(), grid * grid)?;
         let bytes = self.images.elems() as i64;
-        for (image, row) in self.geometry.as_slice::<i64>().chunks(GEOMETRY_FIELDS).enumerate() {
-            if !Geometry::read(row).fits(bytes, (grid * patch_size) as i64) {
+        let rows: &[Geometry] = bytemuck::cast_slice(self.geometry.as_slice::<i64>());
+        for (image, row) in rows.iter().enumerate() {
+            if !row.fits(bytes, (grid * patch_size) as i64) {
                 let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
                 return Err(Error::invalid("input::forward: geometry", why));
             }
@@ -121,23 +150,7 @@ impl Forward<'_> {
     }
 }
 
-/// One row of [`Forward::geometry`].
-#[derive(Clone, Copy)]
-struct Geometry {
-    offset: i64,
-    height: i64,
-    width: i64,
-    top: i64,
-    left: i64,
-    flip: i64,
-}
-
 impl Geometry {
-    fn read(row: &[i64]) -> Self {
-        let &[offset, height, width, top, left, flip] = row else { unreachable!("six fields") };
-        Self { offset, height, width, top, left, flip }
-    }
-
     /// Whether image and crop lie where one reflection reaches.
     fn fits(&self, bytes: i64, side: i64) -> bool {
         let end = self
@@ -160,7 +173,7 @@ impl Geometry {
 mod cpu {
     use rayon::prelude::*;
 
-    use super::{Dims, Forward, GEOMETRY_FIELDS, Geometry, Target};
+    use super::{Dims, Forward, Geometry, Target, reflect};
     use crate::cpu::Real;
 
     /// A crop, read through its geometry.
@@ -171,22 +184,16 @@ mod cpu {
     }
 
     impl Crop<'_> {
-        /// Index `i` of an axis of `extent`, reflected at its ends.
-        fn reflect(i: i64, extent: i64) -> usize {
-            let i = i.abs();
-            (if i < extent { i } else { 2 * (extent - 1) - i }) as usize
-        }
-
         /// Row `y` of the crop, within the image's bytes.
         fn row(&self, y: usize) -> &[u8] {
             let bytes = 3 * self.at.width as usize;
-            &self.image[Self::reflect(self.at.top + y as i64, self.at.height) * bytes..][..bytes]
+            &self.image[reflect(self.at.top + y as i64, self.at.height as usize) * bytes..][..bytes]
         }
 
         /// Where pixel `x` of a row of the crop starts in [`row`](Self::row).
         fn column(&self, x: usize) -> usize {
             let x = if self.at.flip == 1 { self.side - 1 - x as i64 } else { x as i64 };
-            3 * Self::reflect(self.at.left + x, self.at.width)
+            3 * reflect(self.at.left + x, self.at.width as usize)
         }
     }
 
@@ -195,9 +202,9 @@ mod cpu {
         let side = grid * patch_size;
         let numbers = 3 * patch_size * patch_size;
         let bytes = args.images.as_slice::<u8>();
-        let crops: &[i64] = args.geometry.as_slice();
+        let crops: &[Geometry] = bytemuck::cast_slice(args.geometry.as_slice::<i64>());
         let crop = |b: usize| {
-            let at = Geometry::read(&crops[b * GEOMETRY_FIELDS..][..GEOMETRY_FIELDS]);
+            let at = crops[b];
             Crop { image: &bytes[at.offset as usize..], at, side: side as i64 }
         };
         // All values a byte can stand for, in each channel.

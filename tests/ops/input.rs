@@ -1,6 +1,6 @@
 //! Crop, flip, reflection, normalisation and the two orders of a patch's numbers.
 
-use pixmim::ops::input::{Forward, Target, forward};
+use pixmim::ops::input::{Forward, Geometry, Target, forward};
 use pixmim::{DType, Error, Result};
 use proptest::prelude::any;
 
@@ -303,6 +303,7 @@ fn what_does_not_fit_is_refused() {
         for bad in BAD {
             let err = refusal(args, &call, "geometry", Any::holding(&bad, &[1, 6]));
             assert!(matches!(err, Error::Invalid { .. }), "{err}");
+            let bad: Geometry = bytemuck::cast(bad);
             let want =
                 format!("`input::forward: geometry` of image 0 does not fit: {bad:?} in 90 bytes");
             assert_eq!(err.to_string(), want);

@@ -223,7 +223,7 @@ impl Shared {
                 let (rect, mirrored) =
                     augment::random_resized_crop(&choices, extent, crop_scale, flip);
                 let square = resize(&image, rect, (size, size), interpolation);
-                let geometry = Geometry { flip: mirrored.into(), ..Geometry::whole(&square) };
+                let geometry = Geometry { flip: mirrored.into(), ..augment::whole(&square) };
                 Ok((Arc::new(square), geometry))
             }
         }

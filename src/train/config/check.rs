@@ -2,6 +2,8 @@
 
 use super::keys::KEYS;
 use super::{Auto, Config, write};
+use crate::model::MaeConfig;
+use crate::model::config::near_divisors;
 use crate::{Error, Result};
 
 /// Most patches of an image: positions, ids and the decoder's attention stay far from overflow.
@@ -44,50 +46,15 @@ impl Config {
     }
 
     fn check_model(&self) -> Result<()> {
-        let model = &self.model;
-        let (image, patch) = (model.image_size, model.patch_size);
-        if patch > image {
-            let why =
-                format!("is {patch}, larger than model.image_size {image}; use a smaller patch");
-            return Err(Error::invalid("model.patch_size", why));
-        }
-        if image % patch != 0 {
-            let below = image - image % patch;
-            let why = format!(
-                "is {image} and not a multiple of model.patch_size {patch}; use {below} or {}",
-                below + patch
-            );
-            return Err(Error::invalid("model.image_size", why));
-        }
+        self.model.check()?;
         if self.patches() > MAX_PATCHES {
+            let MaeConfig { image_size, patch_size, .. } = self.model;
             let why = format!(
-                "is {patch}: an image of {image} pixels a side has {} patches, more than {MAX_PATCHES}; \
+                "is {patch_size}: an image of {image_size} pixels a side has {} patches, more than {MAX_PATCHES}; \
                  use a larger patch or a smaller model.image_size",
                 self.patches()
             );
             return Err(Error::invalid("model.patch_size", why));
-        }
-        let widths = [
-            ("model.dim", model.dim, "model.heads", model.heads),
-            ("model.decoder_dim", model.decoder_dim, "model.decoder_heads", model.decoder_heads),
-        ];
-        for (dim_key, dim, heads_key, heads) in widths {
-            if dim % 4 != 0 {
-                let below = dim - dim % 4;
-                let why = format!(
-                    "is {dim} and not divisible by 4, as its position embedding of two sines and two \
-                     cosines needs; use {below} or {}",
-                    below + 4
-                );
-                return Err(Error::invalid(dim_key, why));
-            }
-            if dim % heads != 0 {
-                let why = format!(
-                    "is {heads} and does not divide {dim_key} {dim}; use {}",
-                    near_divisors(dim, heads)
-                );
-                return Err(Error::invalid(heads_key, why));
-            }
         }
         Ok(())
     }
@@ -178,14 +145,6 @@ fn one_of([key, other]: [&str; 2], given: [bool; 2]) -> Result<()> {
         _ => return Ok(()),
     };
     Err(Error::invalid(key, format!("{is} `{other}`; give one of them")))
-}
-
-/// The divisors of `whole` next to `part` on both sides, in words: "32 or 64".
-fn near_divisors(whole: usize, part: usize) -> String {
-    let below = (1..part.min(whole + 1)).rev().find(|part| whole.is_multiple_of(*part));
-    let above = (part + 1..=whole).find(|part| whole.is_multiple_of(*part));
-    let near: Vec<_> = [below, above].into_iter().flatten().map(|near| near.to_string()).collect();
-    near.join(" or ")
 }
 
 /// Rounds down, so that what is proposed is allowed.

@@ -40,7 +40,7 @@ pub const METHODS: [&str; 2] = ["pixmim", "mae"];
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Sizes of the network.
-    pub model: Model,
+    pub model: MaeConfig,
     /// What is learned: target, masking, crops.
     pub method: Method,
     /// Where images come from.
@@ -53,30 +53,6 @@ pub struct Config {
     pub runtime: Runtime,
     /// What it writes, and how often.
     pub log: Log,
-}
-
-/// Sizes of the masked autoencoder (method: He et al. 2021, arXiv:2111.06377).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Model {
-    /// Side of the square input, in pixels.
-    pub image_size: usize,
-    /// Side of a patch, in pixels; divides `image_size`.
-    pub patch_size: usize,
-    /// Width of the encoder; divisible by 4 and by `heads`.
-    pub dim: usize,
-    /// Transformer blocks of the encoder.
-    pub depth: usize,
-    /// Attention heads of the encoder.
-    pub heads: usize,
-    /// Width of the decoder; divisible by 4 and by `decoder_heads`.
-    pub decoder_dim: usize,
-    /// Transformer blocks of the decoder.
-    pub decoder_depth: usize,
-    /// Attention heads of the decoder.
-    pub decoder_heads: usize,
-    /// Width of the MLPs over the width of the tokens.
-    pub mlp_ratio: usize,
 }
 
 /// What the reconstruction target is made of.
@@ -371,28 +347,10 @@ impl Config {
         }
     }
 
-    /// Sizes of the network.
-    #[must_use]
-    pub fn mae(&self) -> MaeConfig {
-        let Model { image_size, patch_size, dim, depth, heads, .. } = self.model;
-        let Model { decoder_dim, decoder_depth, decoder_heads, mlp_ratio, .. } = self.model;
-        MaeConfig {
-            image_size,
-            patch_size,
-            dim,
-            depth,
-            heads,
-            decoder_dim,
-            decoder_depth,
-            decoder_heads,
-            mlp_ratio,
-        }
-    }
-
     /// Patches of an image.
     #[must_use]
     pub fn patches(&self) -> usize {
-        self.mae().patches()
+        self.model.patches()
     }
 
     /// Patches of an image that the encoder sees: `int(patches * (1 - mask_ratio))`, as MAE's

@@ -148,7 +148,7 @@ pub fn run(
         .build()
         .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
     let mut trainer = pool
-        .install(|| Trainer::new(device, config.mae(), DType::F32, settings(config, &resolved)))?;
+        .install(|| Trainer::new(device, config.model, DType::F32, settings(config, &resolved)))?;
 
     let mut state = State {
         step: 0,
