@@ -16,6 +16,7 @@ fn main() {
     let rustc = std::env::var("RUSTC").ok().and_then(|rustc| first_line(&rustc, &["--version"]));
     println!("cargo::rustc-env=PIXMIM_GIT={git}");
     println!("cargo::rustc-env=PIXMIM_RUSTC={}", rustc.unwrap_or_else(|| "unknown".into()));
-    println!("cargo::rerun-if-changed=.git/HEAD");
+    // Grows with each commit and checkout; does not exist in a source archive, nor in a linked work tree.
+    println!("cargo::rerun-if-changed=.git/logs/HEAD");
     println!("cargo::rerun-if-changed=build.rs");
 }
