@@ -153,8 +153,13 @@ impl Train {
         };
         let words: Vec<_> =
             std::env::args_os().map(|word| quoted(&word.to_string_lossy())).collect();
-        let title = format!("{name}, {}: {}", config.method_name(), words.join(" "));
-        let options = Options { resume, overwrite: self.overwrite, dry_run: self.dry_run, title };
+        let options = Options {
+            resume,
+            overwrite: self.overwrite,
+            dry_run: self.dry_run,
+            title: format!("{name}, {}", config.method_name()),
+            command: words.join(" "),
+        };
         Ok(Job { config, options })
     }
 

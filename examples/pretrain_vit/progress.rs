@@ -26,7 +26,7 @@ pub(crate) struct Progress {
     bar: Option<ProgressBar>,
     dry_run: bool,
     global_batch: usize,
-    title: String,
+    command: String,
     plan: Option<Plan>,
     last_line: Instant,
 }
@@ -40,7 +40,7 @@ impl Progress {
             bar: bar.filter(|bar| !bar.is_hidden()),
             dry_run: job.options.dry_run,
             global_batch: job.config.optim.global_batch,
-            title: job.options.title.clone(),
+            command: job.options.command.clone(),
             plan: None,
             last_line: Instant::now(),
         }
@@ -108,7 +108,7 @@ impl Progress {
     }
 
     fn start(&mut self, plan: &Plan) {
-        say(&format!("pixmim {} | {}", pixmim::VERSION, self.title));
+        say(&format!("pixmim {} | {}", pixmim::VERSION, self.command));
         say(&format!("device    {}", plan.device));
         say(&format!("batch     {}", plan.batch));
         say(&format!("lr        {} at its peak", scientific(plan.lr)));

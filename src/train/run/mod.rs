@@ -45,8 +45,10 @@ pub struct Options {
     pub overwrite: bool,
     /// Measure some steps, write nothing.
     pub dry_run: bool,
-    /// Words for the report and the log: the command line, the preset, the method.
+    /// The run's name, for its report and journals: "demo, pixmim".
     pub title: String,
+    /// The command line, for the report; may be empty.
+    pub command: String,
 }
 
 /// What is settled before the first step.

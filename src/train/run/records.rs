@@ -56,6 +56,7 @@ impl Records {
         let environment = vec![
             ("pixmim", crate::VERSION.to_owned()),
             ("compiler", crate::RUSTC.to_owned()),
+            ("command", options.command.clone()),
             ("system", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
         ];
         Ok(Self {
