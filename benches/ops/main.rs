@@ -23,6 +23,7 @@ mod restore_tokens;
 #[path = "../../examples/step_speed/workload.rs"]
 mod workload;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -95,10 +96,11 @@ fn zeros(dtype: DType, shape: &[usize]) -> Tensor {
     Arena::build("bench", |arena| arena.tensor(dtype, shape)).unwrap().0
 }
 
-/// An f32 tensor uniform on [-1, 1).
+/// An f32 tensor uniform on [-1, 1), each call another one.
 fn random(shape: &[usize]) -> Tensor {
+    static SEED: AtomicU64 = AtomicU64::new(0);
     let mut tensor = zeros(DType::F32, shape);
-    let noise = Stream::new(shape.iter().product::<usize>() as u64, 0, 0, Purpose::Init);
+    let noise = Stream::new(SEED.fetch_add(1, Ordering::Relaxed), 0, 0, Purpose::Init);
     let values = tensor.view_mut().into_slice::<f32>().iter_mut().zip(0..);
     values.for_each(|(x, i)| *x = noise.word(i) as i32 as f32 / (1u64 << 31) as f32);
     tensor
