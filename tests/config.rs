@@ -315,7 +315,7 @@ fn values_that_do_not_fit_together_are_refused_with_a_cure() {
         (&["method.crop_scale=[0.9, 0.2]"], "put the smaller share first"),
         (
             &["schedule.min_lr=0.01"],
-            "`schedule.min_lr` is 1e-2, over the peak learning rate of 1e-3",
+            "`schedule.min_lr` is 1e-2, over the peak learning rate of 2.5e-3",
         ),
     ] {
         let why = complaint(demo_with(assignments));
@@ -433,7 +433,7 @@ fn a_config_that_lacks_keys_says_which() {
     let why = complaint(Config::parse("my.toml", "[optim]\nlr = 1e-3"));
     assert!(why.contains("lacks model.image_size, model.patch_size"), "{why}");
     assert!(why.ends_with("add them, or give --preset"), "{why}");
-    let text = preset("demo").to_toml().unwrap().replace("steps = 400\n", "");
+    let text = preset("demo").to_toml().unwrap().replace("steps = 600\n", "");
     let why = complaint(Config::parse("my.toml", &text));
     assert!(why.contains("is not given, nor is `schedule.epochs`"), "{why}");
 }

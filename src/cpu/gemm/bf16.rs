@@ -79,23 +79,28 @@ pub(crate) fn matmul(
     blocked(PORTABLE, dst, lhs, rhs, accumulate, threaded);
 }
 
+/// Words that start a cache line, as every row of a packed right operand then does: a vector never spans two lines.
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
 thread_local! {
     /// Packed panels, kept between calls. Taken out while in use: a thread that waits may start another product.
-    static PACKED_LHS: std::cell::Cell<Vec<u32>> = const { std::cell::Cell::new(Vec::new()) };
-    static PACKED_RHS: std::cell::Cell<Vec<u32>> = const { std::cell::Cell::new(Vec::new()) };
+    static PACKED_LHS: std::cell::Cell<Vec<Line>> = const { std::cell::Cell::new(Vec::new()) };
+    static PACKED_RHS: std::cell::Cell<Vec<Line>> = const { std::cell::Cell::new(Vec::new()) };
 }
 
 /// Lends a buffer of `len` words from `cell`, with whatever it holds.
 fn with_buffer<R>(
-    cell: &'static std::thread::LocalKey<std::cell::Cell<Vec<u32>>>,
+    cell: &'static std::thread::LocalKey<std::cell::Cell<Vec<Line>>>,
     len: usize,
     work: impl FnOnce(&mut [u32]) -> R,
 ) -> R {
     let mut buffer = cell.take();
-    if buffer.len() < len {
-        buffer.resize(len, 0);
+    if buffer.len() < len.div_ceil(16) {
+        buffer.resize(len.div_ceil(16), Line::default());
     }
-    let result = work(&mut buffer[..len]);
+    let result = work(&mut bytemuck::cast_slice_mut(&mut buffer)[..len]);
     cell.set(buffer);
     result
 }

@@ -106,15 +106,18 @@ fn pack_across(packed: &mut [u32], width: usize, pairs: usize, lines: Lines<'_>)
     let Lines { data, stride, count, depth } = lines;
     let (eights, whole) = (count / 8 * 8, depth / 2);
     assert!(width.is_multiple_of(8) && pairs >= whole);
-    for p in 0..whole {
-        let pair = [0, 1].map(|line| &data[(2 * p + line) * stride..][..eights]);
-        let panels = packed.chunks_mut(pairs * width).enumerate();
-        for (t, panel) in panels.take_while(|(t, _)| t * width < eights) {
-            let columns = t * width..eights.min((t + 1) * width);
-            let [first, second] = pair.map(|line| &line[columns.clone()]);
-            let into = &mut panel[p * width..][..columns.len()];
-            // SAFETY: `ROUTINES` is taken only if `is_native()`; all three are equally long, by eights.
-            unsafe { interleave(into, first, second) }
+    // Four panels at a time: enough of a line to read it well, few enough streams to write.
+    let group = 4 * width;
+    for (g, packed) in packed.chunks_mut(group * pairs).enumerate() {
+        let columns = (g * group).min(eights)..((g + 1) * group).min(eights);
+        for p in 0..whole {
+            let pair = [0, 1].map(|line| &data[(2 * p + line) * stride..][columns.clone()]);
+            let parts = pair[0].chunks(width).zip(pair[1].chunks(width));
+            for (panel, (first, second)) in packed.chunks_mut(pairs * width).zip(parts) {
+                let into = &mut panel[p * width..][..first.len()];
+                // SAFETY: `ROUTINES` is taken only if `is_native()`; all three are equally long, by eights.
+                unsafe { interleave(into, first, second) }
+            }
         }
     }
     // What is left: a last line without a partner, then the last columns.
