@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 use pixmim::train::StepRecord;
 use pixmim::train::checkpoint::{Checkpoint, State};
+use pixmim::train::config::Config;
 use pixmim::train::metrics::{self, Notice, NoticeKind};
-use pixmim::train::run::Options;
+use pixmim::train::run::{Options, Resume};
 use pixmim::train::step::Trainer;
 use pixmim::{DType, Device, Error};
 use tempfile::tempdir;
@@ -70,11 +72,8 @@ fn a_step_that_is_not_finite_leaves_every_bit_and_the_next_one_goes_on() {
 }
 
 /// A weight decay of 50 at a learning rate of 10 multiplies matrices by -499 in each step.
-#[test]
-fn a_run_that_diverges_is_ended_with_advice_and_sound_checkpoints() {
-    let (data, runs) = (photos(24), tempdir().unwrap());
-    let out = runs.path().join("run");
-    let mut config = tiny(data.path(), &out);
+fn diverging(data: &Path, out: &Path) -> Config {
+    let mut config = tiny(data, out);
     config.optim.lr = Some(10.0);
     config.optim.weight_decay = 50.0;
     config.optim.max_skipped = 4;
@@ -82,6 +81,14 @@ fn a_run_that_diverges_is_ended_with_advice_and_sound_checkpoints() {
     config.schedule.warmup = "0it".into();
     config.log.checkpoint_every = 1;
     config.log.keep_last = 1000;
+    config
+}
+
+#[test]
+fn a_run_that_diverges_is_ended_with_advice_and_sound_checkpoints() {
+    let (data, runs) = (photos(24), tempdir().unwrap());
+    let out = runs.path().join("run");
+    let config = diverging(data.path(), &out);
     let mut said = Said::default();
     let error = train(&config, &Options::default(), None, &mut said).unwrap_err();
     assert_eq!(error.exit_code(), 3, "{error}");
@@ -140,4 +147,27 @@ fn a_run_that_diverges_is_ended_with_advice_and_sound_checkpoints() {
             assert!(numbers.all(f32::is_finite));
         }
     }
+}
+
+/// Skipped steps are counted, in all and in a row, across interruptions; Adam counts the others.
+#[test]
+fn a_run_that_diverges_does_so_alike_when_it_is_interrupted() {
+    let (data, runs) = (photos(24), tempdir().unwrap());
+    let end = |config: &Config, stop_after: &[u64]| {
+        for &step in stop_after {
+            let options = Options { resume: Resume::Auto, ..Options::default() };
+            train(config, &options, Some(step), &mut Said::default()).unwrap();
+        }
+        let options = Options { resume: Resume::Auto, ..Options::default() };
+        let error = train(config, &options, None, &mut Said::default()).unwrap_err();
+        let Error::Diverged { step: last, .. } = error else { panic!("{error}") };
+        let path = checkpoint(&config.log.out, last - 1);
+        let state = fs::read_to_string(path.join("state.toml")).unwrap();
+        (error.to_string(), state, tensors(&config.log.out, last - 1))
+    };
+    let whole = end(&diverging(data.path(), &runs.path().join("whole")), &[]);
+    let halved = end(&diverging(data.path(), &runs.path().join("halved")), &[3]);
+    assert!(whole == halved, "{} {}, {} {}", whole.0, whole.1, halved.0, halved.1);
+    let often = end(&diverging(data.path(), &runs.path().join("often")), &[1, 2, 4, 5, 6]);
+    assert!(whole == often, "{} {}, {} {}", whole.0, whole.1, often.0, often.1);
 }
