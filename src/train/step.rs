@@ -58,7 +58,7 @@ pub struct Outcome {
     pub loss: f64,
     /// L2 norm of the gradient, before clipping.
     pub grad_norm: f64,
-    /// Whether the weights changed: only if the norm is finite.
+    /// Whether the weights changed: only if the loss, the norm and its square are finite.
     pub updated: bool,
 }
 
@@ -229,7 +229,8 @@ impl Trainer {
         self.mae.backward(dev, acts, &mut self.grads, scratch, workspace)
     }
 
-    /// Takes the step: updates the weights by the accumulated gradient, unless it is not finite.
+    /// Takes the step: updates the weights by the accumulated gradient, unless the loss, the gradient or its square is not
+    /// finite.
     ///
     /// # Errors
     /// Those of the ops.
@@ -243,6 +244,16 @@ impl Trainer {
                 workspace: self.workspace.view_mut(),
             },
         )?;
+        let (loss, grad_norm) = (self.loss.view().scalar(), norm.view().scalar());
+        // A loss overflows before its gradient does; and a gradient whose square does would stay in the second moment.
+        let largest = match self.mae.dtype() {
+            DType::F64 => f64::MAX,
+            _ => f64::from(f32::MAX),
+        };
+        let is_usable = loss.is_finite() && grad_norm * grad_norm <= largest;
+        if !is_usable {
+            return Ok(Outcome { loss, grad_norm, updated: false });
+        }
         // Decaying tensors lie before the others.
         let decaying = self.mae.table().decaying(settings.decay_tokens);
         let split = self.mae.weights.offset(decaying);
@@ -272,13 +283,8 @@ impl Trainer {
                 },
             )?;
         }
-        let outcome = Outcome {
-            loss: self.loss.view().scalar(),
-            grad_norm: self.norm.view().scalar(),
-            updated: self.norm.view().scalar().is_finite(),
-        };
-        self.updates += u64::from(outcome.updated);
-        Ok(outcome)
+        self.updates += 1;
+        Ok(Outcome { loss, grad_norm, updated: true })
     }
 
     /// Forgets accumulated gradients and loss: before a step, and when one is given up half-way.

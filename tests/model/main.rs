@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod golden;
+mod gradcheck;
+mod parameters;
 
 use golden::{GRADIENTS, Order, Tiny};
 

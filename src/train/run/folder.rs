@@ -9,9 +9,8 @@ use crate::train::config::Config;
 use crate::train::files::write_atomic;
 use crate::{Error, Result};
 
-/// What a run leaves in its folder, beside the event files. Nothing else is ever deleted.
-const OURS: [&str; 9] = [
-    "config.toml",
+/// What a run leaves in its folder, beside `config.toml` and the event files. Nothing else is ever deleted.
+const OURS: [&str; 8] = [
     "metrics.jsonl",
     "bad_images.jsonl",
     "notices.jsonl",
@@ -21,40 +20,63 @@ const OURS: [&str; 9] = [
     "ckpt",
     "dump",
 ];
+const CONFIG: &str = "config.toml";
 const EVENTS: &str = "events.out.tfevents.";
+/// Ending of a file on its way into place: a run that was killed may leave one.
+const ASIDE: &str = ".tmp";
 
-/// Makes `log.out` the folder of this run, with its `config.toml`.
-pub(super) fn claim(config: &Config, options: &Options) -> Result<PathBuf> {
-    let dir = config.log.out.clone();
+/// Refuses `log.out` unless it is free for this run, or a run to go on with or to replace. Gives what [`claim`] has to
+/// remove. Changes nothing.
+pub(super) fn judge(config: &Config, options: &Options) -> Result<Vec<PathBuf>> {
+    let dir = &config.log.out;
     if dir.as_os_str().is_empty() {
         return Err(Error::invalid("log.out", "is empty; name a folder for the run"));
     }
-    let holds = entries(&dir)?;
-    let resumes = options.resume == Resume::Auto;
-    if !holds.is_empty() && !resumes {
-        let place = dir.display().to_string();
-        if !options.overwrite {
-            let why = "exists and is not empty; choose another --out, go on with --resume auto, or \
-                       replace it with --overwrite";
-            return Err(Error::config(place, why));
-        }
-        if !holds.iter().any(|name| name == "config.toml") {
-            let why = "is not empty and holds no config.toml, so it is no run to overwrite; choose \
-                       another --out";
-            return Err(Error::config(place, why));
-        }
-        for name in holds.iter().filter(|name| OURS.contains(&&***name) || name.starts_with(EVENTS))
-        {
-            let path = dir.join(name);
-            let removed =
-                if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(Error::io("remove", path))?;
-        }
+    let holds = entries(dir)?;
+    let place = || dir.display().to_string();
+    if holds.iter().all(|name| name.strip_suffix(ASIDE) == Some(CONFIG)) {
+        return Ok(Vec::new());
     }
-    fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
-    let text = config.to_toml()?;
-    write_atomic(&dir.join("config.toml"), text.as_bytes())?;
-    Ok(dir)
+    let resumes = match &options.resume {
+        Resume::No => false,
+        Resume::Auto => true,
+        Resume::From(checkpoint) => is_below(checkpoint, dir),
+    };
+    if !resumes && !options.overwrite {
+        let why = "exists and is not empty; choose another --out, go on with --resume auto, or \
+                   replace it with --overwrite";
+        return Err(Error::config(place(), why));
+    }
+    if !holds.iter().any(|name| name == CONFIG) {
+        let why = "is not empty and holds no config.toml, so it is no run to go on with or to \
+                   overwrite; choose another --out";
+        return Err(Error::config(place(), why));
+    }
+    if resumes {
+        return Ok(Vec::new());
+    }
+    let is_ours = |name: &&String| {
+        OURS.contains(&name.strip_suffix(ASIDE).unwrap_or(name)) || name.starts_with(EVENTS)
+    };
+    Ok(holds.iter().filter(is_ours).map(|name| dir.join(name)).collect())
+}
+
+/// Makes `log.out` the folder of this run, with its `config.toml`, and without `stale`, what an earlier run left.
+pub(super) fn claim(config: &Config, stale: &[PathBuf]) -> Result<()> {
+    let dir = &config.log.out;
+    for path in stale {
+        let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        removed.map_err(Error::io("remove", path))?;
+    }
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    write_atomic(&dir.join(CONFIG), config.to_toml()?.as_bytes())
+}
+
+fn is_below(path: &Path, dir: &Path) -> bool {
+    match (path.canonicalize(), dir.canonicalize()) {
+        (Ok(path), Ok(dir)) => path.starts_with(dir),
+        _ => false,
+    }
 }
 
 /// Names in a folder; none if it does not exist.

@@ -2,6 +2,7 @@
 
 mod folder;
 mod gallery;
+mod pace;
 mod records;
 mod resume;
 
@@ -22,6 +23,7 @@ use crate::data::{decode, loader};
 use crate::{Cpu, DType, Device, Error, Products, Result};
 
 use gallery::Gallery;
+use pace::Pace;
 use records::Records;
 
 /// Where a run starts from.
@@ -110,7 +112,7 @@ pub struct Summary {
     pub steps: u64,
     /// Smoothed loss at the end.
     pub loss: f64,
-    /// Images per second over the steps of this call, first step excluded.
+    /// Images per second over the steps of this call, the first one excluded if there are more; 0 if there is none.
     pub images_per_s: f64,
     /// Share of that time spent waiting for data.
     pub data_wait: f64,
@@ -122,8 +124,6 @@ pub struct Summary {
 
 /// Steps of a dry run, the first one not timed.
 const DRY_STEPS: u64 = 20;
-/// Steps over which slow data is noticed, and the share of their time that counts as slow.
-const SLOW_DATA: (u64, f64) = (100, 0.05);
 /// Weight of a new loss in the smoothed one, once enough are in.
 const SMOOTHING: f64 = 0.05;
 
@@ -144,7 +144,8 @@ pub fn run(
     let (device, why) = device(config, &resolved)?;
     let source = Arc::new(Source::open(&config.data.path, &decode::Options::from(&config.data))?);
     let steps_per_epoch = loader::steps_per_epoch(&source, config.optim.global_batch)?;
-    let dir = if options.dry_run { None } else { Some(folder::claim(config, options)?) };
+    let dir = (!options.dry_run).then(|| config.log.out.clone());
+    let stale = if dir.is_some() { folder::judge(config, options)? } else { Vec::new() };
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(resolved.compute_threads)
         .build()
@@ -168,6 +169,10 @@ pub fn run(
         Some(dir) => resume::load(&options.resume, dir, &mut trainer, &mut state, &mut warnings)?,
         None => None,
     };
+    // Only now that everything that can be refused has been judged is the disk touched.
+    if dir.is_some() {
+        folder::claim(config, &stale)?;
+    }
     let planned = config.total_steps(steps_per_epoch);
     let schedule = Schedule {
         peak: config.peak_lr(),
@@ -310,43 +315,6 @@ struct Run<'a> {
     pace: Pace,
 }
 
-/// Times and counts for the log.
-#[derive(Default)]
-struct Pace {
-    /// Steps of this call.
-    steps: u64,
-    /// Time and time waiting for data, without the first step.
-    total: Lap,
-    /// The same since the last logged line.
-    lap: Lap,
-    /// The same over the last [`SLOW_DATA`] steps or fewer.
-    data: Lap,
-    told_slow_data: bool,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Lap {
-    steps: u64,
-    time: Duration,
-    wait: Duration,
-}
-
-impl Lap {
-    fn add(&mut self, time: Duration, wait: Duration) {
-        self.steps += 1;
-        self.time += time;
-        self.wait += wait;
-    }
-
-    fn images_per_s(&self, images: usize) -> f64 {
-        self.steps as f64 * images as f64 / self.time.as_secs_f64()
-    }
-
-    fn data_wait(&self) -> f64 {
-        self.wait.as_secs_f64() / self.time.as_secs_f64().max(f64::MIN_POSITIVE)
-    }
-}
-
 /// How training ended, short of an error.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ended {
@@ -356,7 +324,8 @@ enum Ended {
 
 impl Run<'_> {
     fn train(&mut self) -> Result<Ended> {
-        if self.state.step == 0 {
+        // A run that goes on draws again: a signal may have come before the picture of its step.
+        if self.state.step == 0 || self.is_due(self.config.log.picture_every) {
             self.picture()?;
         }
         while self.state.step < self.last {
@@ -366,19 +335,23 @@ impl Run<'_> {
                 return Ok(Ended::Interrupted);
             };
             self.account(outcome, lr, start.elapsed(), wait)?;
-            let (step, log) = (self.state.step, &self.config.log);
-            let due = |every: u64| every > 0 && step.is_multiple_of(every) && step < self.last;
-            let (picture, save) = (due(log.picture_every), due(log.checkpoint_every));
-            if picture {
+            self.check_divergence()?;
+            if self.is_due(self.config.log.picture_every) {
                 self.picture()?;
             }
-            if save {
+            if self.is_due(self.config.log.checkpoint_every) {
                 self.save()?;
                 self.report("running")?;
             }
         }
         self.picture()?;
         Ok(Ended::Finished)
+    }
+
+    /// Whether something that is done every so many steps is due now; the end has its own turn.
+    fn is_due(&self, every: u64) -> bool {
+        let step = self.state.step;
+        every > 0 && step.is_multiple_of(every) && step < self.last
     }
 
     /// One step: all its micro-batches, then the update. None if a signal came first.
@@ -421,7 +394,7 @@ impl Run<'_> {
         Ok(Some((outcome, lr)))
     }
 
-    /// Records a step that was not taken, and ends the run if there are too many in a row.
+    /// Records a step that was not taken.
     fn skipped(&mut self, outcome: Outcome, samples: &[i64]) -> Result<()> {
         self.state.skipped += 1;
         self.state.skipped_in_row += 1;
@@ -434,17 +407,21 @@ impl Run<'_> {
             let dump = resume::dump(records.dir(), &self.state, outcome, samples, &self.trainer)?;
             line.push_str(&format!("; see {}", dump.display()));
         }
-        self.notice(NoticeKind::Skipped, &line)?;
-        if self.state.skipped_in_row >= self.config.optim.max_skipped {
-            let why = format!(
-                "{} steps in a row had no finite gradient; lower the learning rate, lengthen \
-                 schedule.warmup, set optim.clip_grad to 1, or use runtime.precision f32, and go on \
-                 from the last checkpoint",
-                self.state.skipped_in_row
-            );
-            return Err(Error::Diverged { step, why });
+        self.notice(NoticeKind::Skipped, &line)
+    }
+
+    /// Ends the run if too many steps in a row could not be taken.
+    fn check_divergence(&self) -> Result<()> {
+        let State { step, skipped_in_row, .. } = self.state;
+        if skipped_in_row < self.config.optim.max_skipped {
+            return Ok(());
         }
-        Ok(())
+        let why = format!(
+            "{skipped_in_row} steps in a row had a loss or gradient out of range; lower the learning rate, lengthen \
+             schedule.warmup, set optim.clip_grad to 1, or use runtime.precision f32, and go on from the last \
+             checkpoint"
+        );
+        Err(Error::Diverged { step, why })
     }
 
     /// Logs a step.
@@ -457,47 +434,33 @@ impl Run<'_> {
                 if state.smoothed_loss.is_nan() { outcome.loss } else { state.smoothed_loss };
             state.smoothed_loss = before + share * (outcome.loss - before);
         }
-        pace.steps += 1;
-        // The first step warms up caches and fills the loader.
-        if pace.steps > 1 {
-            pace.total.add(time, wait);
-        }
-        pace.lap.add(time, wait);
-        pace.data.add(time, wait);
+        pace.add(time, wait);
         let record = StepRecord {
             step: state.step,
             epoch: state.step as f64 / state.steps_per_epoch as f64,
             loss: if outcome.updated { outcome.loss } else { f64::NAN },
             lr,
             grad_norm: outcome.grad_norm,
-            images_per_s: pace.lap.images_per_s(config.optim.global_batch),
-            data_wait: pace.lap.data_wait(),
+            images_per_s: pace.lap().images_per_s(config.optim.global_batch),
+            data_wait: pace.lap().data_wait(),
         };
         let logged = state.step.is_multiple_of(config.log.every) || state.step == self.last;
         if logged {
-            pace.lap = Lap::default();
+            pace.next_lap();
             if let Some(records) = &mut self.records {
                 records.step(&record)?;
             }
         }
-        let known = if pace.total.steps > 0 { pace.total } else { pace.data };
-        let left = self.last - state.step;
-        let eta = known.time.div_f64(known.steps as f64).mul_f64(left as f64);
+        let eta = pace.whole().time_of(self.last - state.step);
         let smoothed_loss = state.smoothed_loss;
         (self.tell)(Event::Step { record: &record, smoothed_loss, eta, logged });
-        let (steps, share) = SLOW_DATA;
-        if pace.data.steps == steps {
-            let waited = pace.data.data_wait();
-            pace.data = Lap::default();
-            if waited > share && !pace.told_slow_data {
-                pace.told_slow_data = true;
-                let line = format!(
-                    "{:.0} % of the time goes into waiting for data; raise data.threads or \
-                     data.cache_mib, or store smaller images",
-                    100.0 * waited
-                );
-                self.notice(NoticeKind::Warning, &line)?;
-            }
+        if let Some(share) = self.pace.slow_data() {
+            let line = format!(
+                "{:.0} % of the time goes into waiting for data; raise data.threads or data.cache_mib, or store \
+                 smaller images",
+                100.0 * share
+            );
+            self.notice(NoticeKind::Warning, &line)?;
         }
         Ok(())
     }
@@ -543,7 +506,7 @@ impl Run<'_> {
     }
 
     fn report(&mut self, status: &str) -> Result<Option<PathBuf>> {
-        let speed = self.pace.total.images_per_s(self.config.optim.global_batch);
+        let speed = self.pace.whole().images_per_s(self.config.optim.global_batch);
         let Some(records) = &self.records else { return Ok(None) };
         records.report(status, &self.state, self.schedule.total, speed).map(Some)
     }
@@ -570,12 +533,12 @@ impl Run<'_> {
         self.save()?;
         let status = if interrupted { "interrupted; --resume auto goes on" } else { "finished" };
         let report = self.report(status)?;
-        let total = self.pace.total;
+        let whole = self.pace.whole();
         Ok(Summary {
             steps: self.state.step,
             loss: self.state.smoothed_loss,
-            images_per_s: total.images_per_s(self.config.optim.global_batch),
-            data_wait: total.data_wait(),
+            images_per_s: whole.images_per_s(self.config.optim.global_batch),
+            data_wait: whole.data_wait(),
             report,
             interrupted,
         })

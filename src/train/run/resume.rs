@@ -12,7 +12,7 @@ use crate::train::checkpoint::{
 use crate::train::config::{Config, Resolved};
 use crate::train::files::write_atomic;
 use crate::train::step::{Outcome, Trainer};
-use crate::{Error, Result, Tensor};
+use crate::{Cpu, Device, Error, Products, Result, Tensor};
 
 /// Names of the fixed tensors.
 const POSITIONS: [&str; 2] = ["pos_embed", "decoder_pos_embed"];
@@ -34,16 +34,16 @@ pub(super) fn contents<'a>(trainer: &'a Trainer, config: &Config, state: &State)
     let resolved = config.resolved();
     let metadata = [
         ("norm_pix", config.method.norm_pix.to_string()),
-        ("target", format!("{:?}", config.method.target)),
+        ("target", word(config.method.target)),
         ("radius", resolved.radius.to_string()),
-        ("crop", format!("{:?}", config.method.crop)),
+        ("crop", word(config.method.crop)),
         ("mean", words(config.data.mean)),
         ("std", words(config.data.std)),
         ("patch", config.model.patch_size.to_string()),
         ("image", config.model.image_size.to_string()),
         ("heads", config.model.heads.to_string()),
         ("decoder_heads", config.model.decoder_heads.to_string()),
-        ("products", products(trainer)),
+        ("products", products(trainer).to_owned()),
     ];
     Contents {
         weights: named(specs, &mae.weights),
@@ -63,9 +63,16 @@ pub(super) fn contents<'a>(trainer: &'a Trainer, config: &Config, state: &State)
     }
 }
 
-fn products(trainer: &Trainer) -> String {
+/// A choice as configs spell it.
+fn word(choice: impl serde::Serialize) -> String {
+    let value = toml::Value::try_from(choice).ok();
+    value.and_then(|value| Some(value.as_str()?.to_owned())).expect("a choice is a word")
+}
+
+fn products(trainer: &Trainer) -> &'static str {
     match trainer.device() {
-        crate::Device::Cpu(cpu) => format!("{:?}", cpu.products),
+        Device::Cpu(Cpu { products: Products::F32 }) => "f32",
+        Device::Cpu(Cpu { products: Products::Bf16 }) => "bf16",
     }
 }
 
@@ -144,7 +151,7 @@ pub(super) fn load(
         );
         return Err(Error::config(place, why));
     }
-    if let Some(before) = found.metadata().get("products").filter(|p| **p != products(trainer)) {
+    if let Some(before) = found.metadata().get("products").filter(|&p| p != products(trainer)) {
         warnings.push(format!(
             "the run went on with {} products, before it had {before}: losses will differ a little",
             products(trainer)
