@@ -137,7 +137,7 @@ fn samples_crops_and_masks_of_a_step_do_not_depend_on_the_micro_batch() {
 fn the_gradient_of_a_step_is_the_mean_over_its_micro_batches() {
     let data = photos(8);
     let results = SPLITS.map(|micro| {
-        let config = tiny(data.path(), data.path()).mae();
+        let config = tiny(data.path(), data.path()).model;
         let mut trainer = Trainer::new(Device::cpu(), config, DType::F64, settings(micro)).unwrap();
         trainer.clear();
         for batch in &batches(data.path(), micro, 1) {

@@ -33,7 +33,7 @@ fn a_step_that_is_not_finite_leaves_every_bit_and_the_next_one_goes_on() {
     let data = photos(24);
     let batches = batches(data.path(), 4, 3);
     let trainer = || {
-        let config = tiny(data.path(), data.path()).mae();
+        let config = tiny(data.path(), data.path()).model;
         Trainer::new(Device::cpu(), config, DType::F32, settings(4)).unwrap()
     };
     let step = |trainer: &mut Trainer, step: usize| {

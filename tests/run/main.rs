@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pixmim::Result;
+use pixmim::model::MaeConfig;
 use pixmim::train::StepRecord;
-use pixmim::train::config::{Auto, Config, Model};
+use pixmim::train::config::{Auto, Config};
 use pixmim::train::metrics;
 use pixmim::train::run::{Event, Options, Resume, Summary, run};
 use tempfile::{TempDir, tempdir};
@@ -55,7 +56,7 @@ fn write_photo(path: &Path, seed: usize) {
 /// A network of 16 patches that takes 10 steps of 2 x 4 images in a blink. No two sizes are alike where they need not be.
 fn tiny(data: &Path, out: &Path) -> Config {
     let mut config = Config::preset("demo").unwrap();
-    config.model = Model {
+    config.model = MaeConfig {
         image_size: 16,
         patch_size: 4,
         dim: 24,
