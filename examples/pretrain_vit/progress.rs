@@ -26,7 +26,8 @@ pub(crate) struct Progress {
     bar: Option<ProgressBar>,
     dry_run: bool,
     global_batch: usize,
-    command: String,
+    /// The run's name and the command line.
+    what: String,
     plan: Option<Plan>,
     last_line: Instant,
 }
@@ -40,7 +41,7 @@ impl Progress {
             bar: bar.filter(|bar| !bar.is_hidden()),
             dry_run: job.options.dry_run,
             global_batch: job.config.optim.global_batch,
-            command: job.options.command.clone(),
+            what: format!("{}: {}", job.options.title, job.options.command),
             plan: None,
             last_line: Instant::now(),
         }
@@ -108,7 +109,7 @@ impl Progress {
     }
 
     fn start(&mut self, plan: &Plan) {
-        say(&format!("pixmim {} | {}", pixmim::VERSION, self.command));
+        say(&format!("pixmim {} | {}", pixmim::VERSION, self.what));
         say(&format!("device    {}", plan.device));
         say(&format!("batch     {}", plan.batch));
         say(&format!("lr        {} at its peak", scientific(plan.lr)));
