@@ -106,8 +106,8 @@ fn pack_across(packed: &mut [u32], width: usize, pairs: usize, lines: Lines<'_>)
     let Lines { data, stride, count, depth } = lines;
     let (eights, whole) = (count / 8 * 8, depth / 2);
     assert!(width.is_multiple_of(8) && pairs >= whole);
-    // Four panels at a time: enough of a line to read it well, few enough streams to write.
-    let group = 4 * width;
+    // Some columns at a time: enough of a line to read it well, few enough panels to write in turn.
+    let group = 512usize.next_multiple_of(width);
     for (g, packed) in packed.chunks_mut(group * pairs).enumerate() {
         let columns = (g * group).min(eights)..((g + 1) * group).min(eights);
         for p in 0..whole {
