@@ -16,7 +16,7 @@ pub(crate) const RUNS: &str = "runs";
 
 const EXAMPLES: &str = "\
 Examples:
-  pretrain_vit                                           the demo: bundled photos, two minutes
+  pretrain_vit                                           the demo: bundled photos, 1 to 2 minutes
   pretrain_vit --preset tiny --data cifar-10-batches-bin
   pretrain_vit --preset base --data ~/photos --dry-run   images/s, memory and time; writes nothing
   pretrain_vit --method mae --steps 2000 --set optim.lr=5e-4

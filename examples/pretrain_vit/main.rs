@@ -1,5 +1,5 @@
 //! Pretrains a masked autoencoder (PixMIM or MAE) on photos. Without arguments: the preset `demo` on
-//! the bundled photos, in about two minutes on two cores. `--help` lists the options, `doctor` tells what
+//! the bundled photos, in one to two minutes on two cores. `--help` lists the options, `doctor` tells what
 //! was found on this machine.
 
 mod cli;
