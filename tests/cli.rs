@@ -1,5 +1,5 @@
 //! The program `pretrain_vit` as a process, as far as it goes without training.
-
+#![cfg(feature = "train")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};

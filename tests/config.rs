@@ -1,5 +1,5 @@
 //! The configuration: presets, layers, strictness, checks, and its written form.
-
+#![cfg(feature = "train")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
