@@ -2,24 +2,14 @@
 #![cfg(feature = "train")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "example/program.rs"]
+mod program;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use program::program;
 use tempfile::TempDir;
-
-/// The example that cargo builds beside this test.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let program =
-        profile.join("examples").join(format!("pretrain_vit{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        program.is_file(),
-        "{} is missing; `cargo build --release --example pretrain_vit` builds it",
-        program.display()
-    );
-    program
-}
 
 /// The program in an empty folder, without config in its environment.
 fn command(folder: &TempDir, arguments: &[&str]) -> Command {

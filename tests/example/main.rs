@@ -6,6 +6,7 @@ mod disks;
 mod kills;
 mod leaves;
 mod memory;
+mod program;
 mod refusals;
 mod signals;
 
@@ -18,6 +19,7 @@ use pixmim::rng::philox4x32_10;
 use pixmim::train::StepRecord;
 use pixmim::train::checkpoint::Checkpoint;
 use pixmim::train::metrics;
+use program::program;
 use tempfile::TempDir;
 
 /// A small network on the bundled photos: some milliseconds a step.
@@ -46,20 +48,6 @@ picture_images = 2
 "#;
 
 const PHOTOS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/photos");
-
-/// The example that cargo builds beside this test.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let program =
-        profile.join("examples").join(format!("pretrain_vit{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        program.is_file(),
-        "{} is missing; `cargo build --release --example pretrain_vit` builds it",
-        program.display()
-    );
-    program
-}
 
 /// `command` in `folder`, without config in its environment.
 fn clean(mut command: Command, folder: &Path) -> Command {
