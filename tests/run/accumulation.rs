@@ -139,7 +139,7 @@ fn the_gradient_of_a_step_is_the_mean_over_its_micro_batches() {
     let results = SPLITS.map(|micro| {
         let config = tiny(data.path(), data.path()).model;
         let mut trainer = Trainer::new(Device::cpu(), config, DType::F64, settings(micro)).unwrap();
-        trainer.clear();
+        trainer.clear().unwrap();
         for batch in &batches(data.path(), micro, 1) {
             trainer.accumulate(micro_batch(batch), 8 / micro).unwrap();
         }
