@@ -174,7 +174,13 @@ impl<'a> TensorRef<'a> {
     pub fn new<T: Element>(data: &'a [T], shape: &[usize]) -> Result<Self> {
         let shape = Shape::from(shape);
         expect_len(data.len(), &shape)?;
-        Ok(Self { ptr: data.as_ptr().cast(), shape, dtype: T::DTYPE, place: Place::Host, life: PhantomData })
+        Ok(Self {
+            ptr: data.as_ptr().cast(),
+            shape,
+            dtype: T::DTYPE,
+            place: Place::Host,
+            life: PhantomData,
+        })
     }
 
     /// The elements.
@@ -237,7 +243,13 @@ impl<'a> TensorMut<'a> {
     pub fn new<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
         let shape = Shape::from(shape);
         expect_len(data.len(), &shape)?;
-        Ok(Self { ptr: data.as_mut_ptr().cast(), shape, dtype: T::DTYPE, place: Place::Host, life: PhantomData })
+        Ok(Self {
+            ptr: data.as_mut_ptr().cast(),
+            shape,
+            dtype: T::DTYPE,
+            place: Place::Host,
+            life: PhantomData,
+        })
     }
 
     /// The elements.

@@ -4,8 +4,8 @@ use super::activations::{Activations, Batch, Scratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, block, pos_embed};
-use crate::ops::{layer_norm, linear, patch_embed, restore_tokens};
 use crate::TensorList;
+use crate::ops::{layer_norm, linear, patch_embed, restore_tokens};
 use crate::{Arena, DType, Device, Result, Tensor};
 
 /// Tokens before the first patch: the class token.

@@ -4,8 +4,8 @@
 //! `out[b][1 + l] = (r < K ? inp[b][1 + r] : mask_token) + pos_embed[1 + l]`.
 
 use super::{expect_ids, expect_nonzero, for_real};
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].
