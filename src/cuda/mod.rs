@@ -10,8 +10,8 @@ mod simt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
 pub use driver::{DevPtr, Properties};
+pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
 #[cfg(pixmim_simt)]
 pub use simt::SimtOptions;
 

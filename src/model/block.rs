@@ -5,8 +5,8 @@
 use super::activations::{BlockActivations, StackScratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::Block;
-use crate::ops::{attention, layer_norm, linear};
 use crate::TensorList;
+use crate::ops::{attention, layer_norm, linear};
 use crate::{Device, Result, Tensor, TensorRef};
 
 pub(super) fn forward(

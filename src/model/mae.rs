@@ -329,10 +329,7 @@ fn last<'a>(blocks: &'a [super::activations::BlockActivations], tokens: &'a Tens
 
 /// Of rows as [`add_positions`] lays them out, those of the kept tokens, shaped `(B, 1 + K, Dd)`, and those of the mask
 /// token, `(L, Dd)`.
-fn decoder_rows<'a>(
-    rows: TensorRef<'a>,
-    kept: &[usize],
-) -> Result<(TensorRef<'a>, TensorRef<'a>)> {
+fn decoder_rows<'a>(rows: TensorRef<'a>, kept: &[usize]) -> Result<(TensorRef<'a>, TensorRef<'a>)> {
     let (elems, dim) = (rows.elems(), rows.shape()[1]);
     let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
     let patches = last.elems() / dim;

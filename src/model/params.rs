@@ -5,8 +5,8 @@
 use rayon::prelude::*;
 
 use super::MaeConfig;
-use crate::rng::{Purpose, Stream};
 use crate::TensorList;
+use crate::rng::{Purpose, Stream};
 use crate::tensor::Shape;
 
 /// How a tensor starts (`initialize_weights` of the MAE source).

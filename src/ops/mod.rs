@@ -96,7 +96,12 @@ fn patch_numbers(call: Call<'_>, patch_size: usize) -> crate::Result<usize> {
 
 /// Refuses ids outside `0..bound`. On a GPU nobody looks: reading them back would stop the stream, so a kernel trusts the
 /// ids it is given, as [`random_masking`] makes them.
-fn expect_ids(call: Call<'_>, arg: &str, ids: &crate::TensorRef<'_>, bound: usize) -> crate::Result<()> {
+fn expect_ids(
+    call: Call<'_>,
+    arg: &str,
+    ids: &crate::TensorRef<'_>,
+    bound: usize,
+) -> crate::Result<()> {
     if ids.place() != crate::Place::Host {
         return Ok(());
     }

@@ -7,9 +7,9 @@
 use rayon::prelude::*;
 
 use super::expect_nonzero;
+use crate::device::Call;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{carve_bytes, expect_workspace};
-use crate::device::Call;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// Where the noise comes from that orders the blocks.
@@ -137,7 +137,8 @@ fn cpu(args: Forward<'_>, dims: Dims) {
         match &noise {
             Noise::Drawn { seed, epoch, samples } => {
                 let sample = samples.as_slice::<i64>()[b].cast_unsigned();
-                let words = Stream::new(*seed, epoch.as_slice::<i64>()[0] as u32, sample, Purpose::Mask);
+                let words =
+                    Stream::new(*seed, epoch.as_slice::<i64>()[0] as u32, sample, Purpose::Mask);
                 // The word above the id: sorting these sorts by word, then by id. Unsigned, as words are.
                 for (id, i) in order.iter_mut().zip(0..) {
                     *id = i64::from(words.word(i)) << 32 | i64::from(i);

@@ -1,10 +1,10 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
+use crate::TensorList;
 use crate::model::activations::Batch;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
-use crate::TensorList;
 use crate::{Arena, DType, Device, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
@@ -135,7 +135,8 @@ impl Trainer {
             let pixels = filter.as_ref().map(|_| arena.tensor(dtype, &[images, 3, side, side]));
             (acts, target, pixels)
         })?;
-        let mut needed = mae.workspace_bytes(&dev, batch).max(grad_norm::workspace_bytes(&dev, grads.elems()));
+        let mut needed =
+            mae.workspace_bytes(&dev, batch).max(grad_norm::workspace_bytes(&dev, grads.elems()));
         if let Some(filter) = &filter {
             needed = needed.max(low_freq_target::workspace_bytes(&dev, dtype, images, filter));
         }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::Resume;
-use crate::model::params::Spec;
 use crate::TensorList;
+use crate::model::params::Spec;
 use crate::train::checkpoint::{
     self, Checkpoint, Contents, NamedTensor, NamedTensorMut, Part, State,
 };
