@@ -4,9 +4,8 @@ use super::activations::{Activations, Batch, Scratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, block, pos_embed};
-use crate::TensorList;
-use crate::ops::{cast, layer_norm, linear, patch_embed, restore_tokens};
-use crate::{Arena, DType, Device, Result, Tensor};
+use crate::ops::{add_positions, cast, layer_norm, linear, patch_embed, restore_tokens};
+use crate::{Arena, DType, Device, Result, Tensor, TensorList, TensorMut, TensorRef};
 
 /// Tokens before the first patch: the class token.
 const PREFIX: usize = 1;
@@ -168,14 +167,24 @@ impl Mae {
                 epilogue: linear::Epilogue::None,
             },
         )?;
+        add_positions::forward(
+            dev,
+            add_positions::Forward {
+                out: acts.decoder_rows.view_mut(),
+                inp: acts.embedded.view(),
+                ids_keep: acts.ids_keep.view(),
+                mask_token: w(table.mask_token).reshaped(&[self.config.decoder_dim])?,
+                pos_embed: self.decoder_pos_embed.view(),
+            },
+        )?;
+        let (kept, fill) = decoder_rows(acts.decoder_rows.view(), acts.embedded.shape())?;
         restore_tokens::forward(
             dev,
             restore_tokens::Forward {
                 out: acts.decoder_tokens.view_mut(),
-                inp: acts.embedded.view(),
+                inp: kept,
+                fill,
                 ids_restore: acts.ids_restore.view(),
-                mask_token: w(table.mask_token).reshaped(&[self.config.decoder_dim])?,
-                pos_embed: self.decoder_pos_embed.view(),
             },
         )?;
         let mut stream = &acts.decoder_tokens;
@@ -223,7 +232,7 @@ impl Mae {
     ) -> Result<()> {
         let (table, weights) = (&self.table, self.computed());
         let w = |index: usize| weights.view(index);
-        let Scratch { grad_pred, grad_decoded, decoder, grad_embedded, encoder } = scratch;
+        let Scratch { grad_pred, grad_decoded, decoder, grad_decoder_rows, encoder } = scratch;
         // decoder_pred.
         let ids = table.decoder_pred;
         let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
@@ -264,15 +273,25 @@ impl Mae {
             block::backward(dev, weights, grads, ids, inp, acts, decoder, workspace)?;
         }
         // restore_tokens.
-        let [grad_mask_token] = grads.views_mut([table.mask_token]);
+        let embedded = acts.embedded.shape();
+        let (grad_kept, grad_fill) = decoder_rows_mut(grad_decoder_rows.view_mut(), embedded)?;
         restore_tokens::backward(
             dev,
             restore_tokens::Backward {
-                grad_inp: grad_embedded.view_mut(),
-                grad_mask_token: grad_mask_token.reshaped(&[self.config.decoder_dim])?,
+                grad_inp: grad_kept,
+                grad_fill,
                 grad_out: decoder.grad_stream.view(),
                 ids_restore: acts.ids_restore.view(),
-                workspace: workspace.view_mut(),
+            },
+        )?;
+        // add_positions: what reaches a kept row is the gradient of the embedded token as it is.
+        let (grad_embedded, grad_fill) = decoder_rows(grad_decoder_rows.view(), embedded)?;
+        let [grad_mask_token] = grads.views_mut([table.mask_token]);
+        add_positions::backward(
+            dev,
+            add_positions::Backward {
+                grad_mask_token: grad_mask_token.reshaped(&[self.config.decoder_dim])?,
+                grad_fill,
             },
         )?;
         // decoder_embed.
@@ -284,7 +303,7 @@ impl Mae {
                 grad_inp: linear::GradInput::Plain(encoder.grad_branch.view_mut()),
                 grad_weight,
                 grad_bias,
-                grad_out: grad_embedded.view(),
+                grad_out: grad_embedded,
                 inp: acts.latent.view(),
                 weight: w(ids.weight),
                 workspace: workspace.view_mut(),
@@ -335,4 +354,24 @@ impl Mae {
 /// The residual stream after the last of `blocks`, or before the first.
 fn last<'a>(blocks: &'a [super::activations::BlockActivations], tokens: &'a Tensor) -> &'a Tensor {
     blocks.last().map_or(tokens, |block| &block.out)
+}
+
+/// Of rows as [`add_positions`] lays them out, those of the kept tokens, shaped `(B, 1 + K, Dd)`, and those of the mask
+/// token, `(L, Dd)`.
+fn decoder_rows<'a>(rows: TensorRef<'a>, kept: &[usize]) -> Result<(TensorRef<'a>, TensorRef<'a>)> {
+    let (elems, dim) = (rows.elems(), rows.shape()[1]);
+    let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
+    let patches = last.elems() / dim;
+    Ok((first.reshaped(kept)?, last.reshaped(&[patches, dim])?))
+}
+
+/// As [`decoder_rows`].
+fn decoder_rows_mut<'a>(
+    rows: TensorMut<'a>,
+    kept: &[usize],
+) -> Result<(TensorMut<'a>, TensorMut<'a>)> {
+    let (elems, dim) = (rows.elems(), rows.shape()[1]);
+    let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
+    let patches = last.elems() / dim;
+    Ok((first.reshaped(kept)?, last.reshaped(&[patches, dim])?))
 }
