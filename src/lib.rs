@@ -4,6 +4,7 @@
 //! and whose crop keeps the subject in view.
 
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod dtype;
 pub mod error;

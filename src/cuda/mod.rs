@@ -1,0 +1,3 @@
+//! All that knows CUDA.
+
+pub mod kernels;
