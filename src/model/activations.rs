@@ -4,7 +4,7 @@ use super::MaeConfig;
 use crate::ops::{
     attention, layer_norm, masked_mse_loss, patch_embed, random_masking, restore_tokens,
 };
-use crate::{Arena, DType, Tensor};
+use crate::{Arena, DType, Device, Tensor};
 
 /// How many images, and how much of each is kept and predicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,17 +206,17 @@ impl Scratch {
 
 /// Bytes of workspace that a forward and a backward pass need, the loss and the masking included.
 #[must_use]
-pub fn workspace_bytes(dtype: DType, config: &MaeConfig, batch: Batch) -> usize {
+pub fn workspace_bytes(dev: &Device, dtype: DType, config: &MaeConfig, batch: Batch) -> usize {
     let Batch { images, kept, predicted } = batch;
     let widest = config.dim.max(config.decoder_dim);
     let patches = config.patches();
     let needs = [
-        random_masking::workspace_bytes(images, patches),
-        patch_embed::workspace_bytes(dtype, images, kept, config.dim),
-        layer_norm::workspace_bytes(dtype, images, widest),
-        attention::workspace_bytes(dtype, images, 1 + patches),
-        restore_tokens::workspace_bytes(dtype, images, config.decoder_dim),
-        masked_mse_loss::workspace_bytes(dtype, images * predicted),
+        random_masking::workspace_bytes(dev, images, patches),
+        patch_embed::workspace_bytes(dev, dtype, images, kept, config.dim),
+        layer_norm::workspace_bytes(dev, dtype, images, widest),
+        attention::workspace_bytes(dev, dtype, images, 1 + patches),
+        restore_tokens::workspace_bytes(dev, dtype, images, config.decoder_dim),
+        masked_mse_loss::workspace_bytes(dev, dtype, images * predicted),
     ];
     needs.into_iter().max().unwrap_or(0)
 }

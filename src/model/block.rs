@@ -5,8 +5,8 @@
 use super::activations::{BlockActivations, StackScratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::Block;
+use crate::TensorList;
 use crate::ops::{attention, layer_norm, linear};
-use crate::tensor::TensorList;
 use crate::{Device, Result, Tensor, TensorRef};
 
 pub(super) fn forward(
@@ -123,6 +123,7 @@ pub(super) fn backward(
             grad_out: grad_stream.view(),
             inp: acts.hidden.view(),
             weight: w(ids.fc2.weight),
+            workspace: workspace.view_mut(),
         },
     )?;
     // fc1.
@@ -136,6 +137,7 @@ pub(super) fn backward(
             grad_out: grad_hidden.view(),
             inp: acts.norm2.view(),
             weight: w(ids.fc1.weight),
+            workspace: workspace.view_mut(),
         },
     )?;
     // norm2; the stream's gradient becomes that of `middle`.
@@ -166,6 +168,7 @@ pub(super) fn backward(
             grad_out: grad_stream.view(),
             inp: acts.mixed.view(),
             weight: w(ids.proj.weight),
+            workspace: workspace.view_mut(),
         },
     )?;
     attention::backward(
@@ -190,6 +193,7 @@ pub(super) fn backward(
             grad_out: grad_qkv.view(),
             inp: acts.norm1.view(),
             weight: w(ids.qkv.weight),
+            workspace: workspace.view_mut(),
         },
     )?;
     // norm1; the stream's gradient becomes that of `inp`.

@@ -4,8 +4,8 @@ use super::activations::{Activations, Batch, Scratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, block, pos_embed};
+use crate::TensorList;
 use crate::ops::{layer_norm, linear, patch_embed, restore_tokens};
-use crate::tensor::TensorList;
 use crate::{Arena, DType, Device, Result, Tensor};
 
 /// Tokens before the first patch: the class token.
@@ -30,13 +30,13 @@ impl Mae {
     ///
     /// # Errors
     /// As [`MaeConfig::check`]; [`crate::Error::OutOfMemory`].
-    pub fn new(config: MaeConfig, dtype: DType, seed: u64) -> Result<Self> {
+    pub fn new(dev: &Device, config: MaeConfig, dtype: DType, seed: u64) -> Result<Self> {
         config.check()?;
         let table = Table::new(&config);
         let (grid, shapes) = (config.grid(), table.shapes());
         let rows = PREFIX + config.patches();
         let ((mut weights, mut pos_embed, mut decoder_pos_embed), _) =
-            Arena::build("weights", |arena| {
+            Arena::build(dev, "weights", |arena| {
                 (
                     arena.list(dtype, &shapes),
                     arena.tensor(dtype, &[rows, config.dim]),
@@ -75,15 +75,15 @@ impl Mae {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn like_weights(&self, what: &'static str) -> Result<(TensorList, usize)> {
+    pub fn like_weights(&self, dev: &Device, what: &'static str) -> Result<(TensorList, usize)> {
         let shapes = self.table.shapes();
-        Arena::build(what, |arena| arena.list(self.dtype, &shapes))
+        Arena::build(dev, what, |arena| arena.list(self.dtype, &shapes))
     }
 
     /// Workspace for [`forward`](Self::forward) and [`backward`](Self::backward), in bytes.
     #[must_use]
-    pub fn workspace_bytes(&self, batch: Batch) -> usize {
-        super::activations::workspace_bytes(self.dtype, &self.config, batch)
+    pub fn workspace_bytes(&self, dev: &Device, batch: Batch) -> usize {
+        super::activations::workspace_bytes(dev, self.dtype, &self.config, batch)
     }
 
     /// From `acts.patches` and the ids to `acts.pred`.
@@ -207,10 +207,11 @@ impl Mae {
                 grad_out: grad_pred.view(),
                 inp: acts.decoded.view(),
                 weight: w(ids.weight),
+                workspace: workspace.view_mut(),
             },
         )?;
         // decoder_norm of the predicted patches: the other tokens' gradient is zero.
-        decoder.grad_stream.view_mut().clear();
+        dev.clear(decoder.grad_stream.view_mut())?;
         let ids = table.decoder_norm;
         let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
         layer_norm::backward(
@@ -257,10 +258,11 @@ impl Mae {
                 grad_out: grad_embedded.view(),
                 inp: acts.latent.view(),
                 weight: w(ids.weight),
+                workspace: workspace.view_mut(),
             },
         )?;
         // norm.
-        encoder.grad_stream.view_mut().clear();
+        dev.clear(encoder.grad_stream.view_mut())?;
         let ids = table.norm;
         let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
         layer_norm::backward(

@@ -5,8 +5,9 @@
 use rayon::prelude::*;
 
 use super::MaeConfig;
+use crate::TensorList;
 use crate::rng::{Purpose, Stream};
-use crate::tensor::{Shape, TensorList};
+use crate::tensor::Shape;
 
 /// How a tensor starts (`initialize_weights` of the MAE source).
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -5,6 +5,7 @@
 //! convolution's weight does; a patch of the target runs (row, column, channel), as MAE's `patchify` does.
 
 use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
+use crate::device::Call;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// Which `S x S` crop of an image of bytes the network sees.
@@ -84,9 +85,10 @@ pub enum Target<'a> {
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a
 /// geometry or id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -101,43 +103,43 @@ struct Dims {
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "input::forward";
-        let dtype = self.patches.expect_real(OP, "patches")?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "input::forward", dev };
+        let dtype = self.patches.expect_real(call, "patches")?;
         let patch_size = self.patch_size;
-        let [images, kept, _] = self.patches.dims(OP, "patches", "(B, K, E)")?;
-        let numbers = patch_numbers(OP, patch_size)?;
-        expect_nonzero(OP, "patches", &[images, kept, numbers])?;
-        self.patches.expect(OP, "patches", dtype, &[images, kept, numbers])?;
-        self.ids_keep.expect(OP, "ids_keep", DType::I32, &[images, kept])?;
-        self.geometry.expect(OP, "geometry", DType::I64, &[images, GEOMETRY_FIELDS])?;
-        self.images.expect(OP, "images", DType::U8, &[self.images.elems()])?;
+        let [images, kept, _] = self.patches.dims(call, "patches", "(B, K, E)")?;
+        let numbers = patch_numbers(call, patch_size)?;
+        expect_nonzero(call, "patches", &[images, kept, numbers])?;
+        self.patches.expect(call, "patches", dtype, &[images, kept, numbers])?;
+        self.ids_keep.expect(call, "ids_keep", DType::I32, &[images, kept])?;
+        self.geometry.expect(call, "geometry", DType::I64, &[images, GEOMETRY_FIELDS])?;
+        self.images.expect(call, "images", DType::U8, &[self.images.elems()])?;
         let grid = match &self.target {
             Target::Raw { target, ids_masked } => {
-                let [_, masked] = ids_masked.dims(OP, "target.ids_masked", "(B, M)")?;
-                ids_masked.expect(OP, "target.ids_masked", DType::I32, &[images, masked])?;
-                target.expect(OP, "target.target", dtype, &[images, masked, numbers])?;
+                let [_, masked] = ids_masked.dims(call, "target.ids_masked", "(B, M)")?;
+                ids_masked.expect(call, "target.ids_masked", DType::I32, &[images, masked])?;
+                target.expect(call, "target.target", dtype.wide(), &[images, masked, numbers])?;
                 let grid = (kept + masked).isqrt();
                 if grid * grid != kept + masked {
                     let (arg, found) = ("target.ids_masked", vec![images, masked]);
                     let expected = format!("(B, M) with a square number M + {kept} of patches");
-                    return Err(Error::Shape { op: OP, arg, expected, found });
+                    return Err(Error::Shape { op: call.op, arg, expected, found });
                 }
-                expect_ids(OP, "target.ids_masked", ids_masked.as_slice(), grid * grid)?;
+                expect_ids(call, "target.ids_masked", &ids_masked, grid * grid)?;
                 grid
             }
             Target::Filtered { pixels } => {
-                let [_, _, side, _] = pixels.dims(OP, "target.pixels", "(B, 3, S, S)")?;
-                pixels.expect(OP, "target.pixels", dtype, &[images, 3, side, side])?;
+                let [_, _, side, _] = pixels.dims(call, "target.pixels", "(B, 3, S, S)")?;
+                pixels.expect(call, "target.pixels", dtype, &[images, 3, side, side])?;
                 if side == 0 || side % patch_size != 0 {
                     let (arg, found) = ("target.pixels", pixels.shape().to_vec());
                     let expected = format!("(B, 3, S, S) with S a multiple of {patch_size}");
-                    return Err(Error::Shape { op: OP, arg, expected, found });
+                    return Err(Error::Shape { op: call.op, arg, expected, found });
                 }
                 side / patch_size
             }
         };
-        expect_ids(OP, "ids_keep", self.ids_keep.as_slice(), grid * grid)?;
+        expect_ids(call, "ids_keep", &self.ids_keep, grid * grid)?;
         let bytes = self.images.elems() as i64;
         let rows: &[Geometry] = bytemuck::cast_slice(self.geometry.as_slice::<i64>());
         for (image, row) in rows.iter().enumerate() {

@@ -58,31 +58,43 @@ macro_rules! for_real {
 }
 use for_real;
 
+use crate::device::Call;
+
 /// Refuses sizes of zero.
-fn expect_nonzero(op: &'static str, arg: &'static str, shape: &[usize]) -> crate::Result<()> {
+fn expect_nonzero(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::Result<()> {
     if shape.contains(&0) {
         let expected = "no dimension of size 0".into();
-        return Err(crate::Error::Shape { op, arg, expected, found: shape.to_vec() });
+        return Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() });
     }
     Ok(())
 }
 
 /// Numbers of an RGB patch (E = 3 P P). A side whose square overflows is refused: it would pass for a small one.
-fn patch_numbers(op: &'static str, patch_size: usize) -> crate::Result<usize> {
+fn patch_numbers(call: Call<'_>, patch_size: usize) -> crate::Result<usize> {
     patch_size.checked_mul(patch_size).and_then(|n| n.checked_mul(3)).ok_or_else(|| {
         crate::Error::invalid(
-            format!("{op}: patch_size"),
+            format!("{}: patch_size", call.op),
             format!("is {patch_size}, far more pixels than a side has"),
         )
     })
 }
 
-/// Refuses ids outside `0..bound`. Host memory only.
-fn expect_ids(op: &'static str, arg: &str, ids: &[i32], bound: usize) -> crate::Result<()> {
-    match ids.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= bound)) {
+/// Refuses ids outside `0..bound`. On a GPU nobody looks: reading them back would stop the stream, so a kernel trusts the
+/// ids it is given, as [`random_masking`] makes them.
+fn expect_ids(
+    call: Call<'_>,
+    arg: &str,
+    ids: &crate::TensorRef<'_>,
+    bound: usize,
+) -> crate::Result<()> {
+    if ids.place() != crate::Place::Host {
+        return Ok(());
+    }
+    let outside = |&&id: &&i32| usize::try_from(id).map_or(true, |id| id >= bound);
+    match ids.as_slice::<i32>().iter().find(outside) {
         None => Ok(()),
         Some(id) => Err(crate::Error::invalid(
-            format!("{op}: {arg}"),
+            format!("{}: {arg}", call.op),
             format!("holds the id {id}, outside 0..{bound}"),
         )),
     }

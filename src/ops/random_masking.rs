@@ -7,6 +7,7 @@
 use rayon::prelude::*;
 
 use super::expect_nonzero;
+use crate::device::Call;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -18,8 +19,8 @@ pub enum Noise<'a> {
     Drawn {
         /// Seed of the run.
         seed: u64,
-        /// Epoch of the step.
-        epoch: u32,
+        /// `(1)` i64: epoch of the step, below 2^28.
+        epoch: TensorRef<'a>,
         /// `(B)` i64: sample ids.
         samples: TensorRef<'a>,
     },
@@ -52,7 +53,7 @@ pub fn kept(patches: usize, mask_ratio: f64) -> usize {
 
 /// Bytes of workspace that [`forward`] needs for `images` (B) of `patches` (L).
 #[must_use]
-pub fn workspace_bytes(images: usize, patches: usize) -> usize {
+pub fn workspace_bytes(dev: &Device, images: usize, patches: usize) -> usize {
     carve_bytes(DType::I64, images * patches)
 }
 
@@ -63,9 +64,10 @@ pub fn workspace_bytes(images: usize, patches: usize) -> usize {
 /// [`Error::Invalid`] for a block that is empty or larger than the image, or noise that holds NaN;
 /// [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => cpu(args, dims),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -82,21 +84,21 @@ struct Dims {
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "random_masking::forward";
-        let [images, kept] = self.ids_keep.dims(OP, "ids_keep", "(B, K)")?;
-        let [_, masked] = self.ids_masked.dims(OP, "ids_masked", "(B, M)")?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "random_masking::forward", dev };
+        let [images, kept] = self.ids_keep.dims(call, "ids_keep", "(B, K)")?;
+        let [_, masked] = self.ids_masked.dims(call, "ids_masked", "(B, M)")?;
         let patches = kept + masked;
-        expect_nonzero(OP, "ids_keep", &[images, kept])?;
-        expect_nonzero(OP, "ids_masked", &[masked])?;
-        self.ids_keep.expect(OP, "ids_keep", DType::I32, &[images, kept])?;
-        self.ids_masked.expect(OP, "ids_masked", DType::I32, &[images, masked])?;
-        self.ids_restore.expect(OP, "ids_restore", DType::I32, &[images, patches])?;
+        expect_nonzero(call, "ids_keep", &[images, kept])?;
+        expect_nonzero(call, "ids_masked", &[masked])?;
+        self.ids_keep.expect(call, "ids_keep", DType::I32, &[images, kept])?;
+        self.ids_masked.expect(call, "ids_masked", DType::I32, &[images, masked])?;
+        self.ids_restore.expect(call, "ids_restore", DType::I32, &[images, patches])?;
         let grid = patches.isqrt();
         if grid * grid != patches {
             let expected = "(B, L) with a square number L of patches".into();
             let found = vec![images, patches];
-            return Err(Error::Shape { op: OP, arg: "ids_restore", expected, found });
+            return Err(Error::Shape { op: call.op, arg: "ids_restore", expected, found });
         }
         if self.block == 0 || self.block > grid {
             let why = format!("is {}, must be 1 to the {grid} patches of a side", self.block);
@@ -104,17 +106,18 @@ impl Forward<'_> {
         }
         let blocks = grid.div_ceil(self.block);
         match &self.noise {
-            Noise::Drawn { samples, .. } => {
-                samples.expect(OP, "noise.samples", DType::I64, &[images])?;
+            Noise::Drawn { samples, epoch, .. } => {
+                epoch.expect(call, "noise.epoch", DType::I64, &[1])?;
+                samples.expect(call, "noise.samples", DType::I64, &[images])?;
             }
             Noise::Given(noise) => {
-                noise.expect(OP, "noise", DType::F64, &[images, blocks * blocks])?;
+                noise.expect(call, "noise", DType::F64, &[images, blocks * blocks])?;
                 if noise.as_slice::<f64>().iter().any(|x| x.is_nan()) {
                     return Err(Error::invalid("random_masking: noise", "holds NaN"));
                 }
             }
         }
-        expect_workspace(OP, &self.workspace, workspace_bytes(images, patches))?;
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, images, patches))?;
         Ok(Dims { images, patches, kept, grid, blocks })
     }
 }
@@ -134,7 +137,8 @@ fn cpu(args: Forward<'_>, dims: Dims) {
         match &noise {
             Noise::Drawn { seed, epoch, samples } => {
                 let sample = samples.as_slice::<i64>()[b].cast_unsigned();
-                let words = Stream::new(*seed, *epoch, sample, Purpose::Mask);
+                let words =
+                    Stream::new(*seed, epoch.as_slice::<i64>()[0] as u32, sample, Purpose::Mask);
                 // The word above the id: sorting these sorts by word, then by id. Unsigned, as words are.
                 for (id, i) in order.iter_mut().zip(0..) {
                     *id = i64::from(words.word(i)) << 32 | i64::from(i);

@@ -4,6 +4,7 @@
 //! `out[b][1 + l] = (r < K ? inp[b][1 + r] : mask_token) + pos_embed[1 + l]`.
 
 use super::{expect_ids, expect_nonzero, for_real};
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -39,7 +40,7 @@ pub struct Backward<'a> {
 
 /// Bytes of workspace that [`backward`] needs for `images` (B) of width `dim` (D).
 #[must_use]
-pub fn workspace_bytes(dtype: DType, images: usize, dim: usize) -> usize {
+pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, dim: usize) -> usize {
     carve_bytes(dtype, images * dim)
 }
 
@@ -49,9 +50,10 @@ pub fn workspace_bytes(dtype: DType, images: usize, dim: usize) -> usize {
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
 /// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -61,9 +63,10 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// As [`forward`]; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -78,48 +81,48 @@ struct Dims {
 }
 
 fn dims(
-    op: &'static str,
+    call: Call<'_>,
     inp: (&'static str, &[usize], DType),
     ids_restore: &TensorRef<'_>,
 ) -> Result<Dims> {
     let (arg, shape, dtype) = inp;
-    let [images, patches] = ids_restore.dims(op, "ids_restore", "(B, L)")?;
-    ids_restore.expect(op, "ids_restore", DType::I32, &[images, patches])?;
-    expect_nonzero(op, "ids_restore", &[images, patches])?;
-    expect_ids(op, "ids_restore", ids_restore.as_slice(), patches)?;
+    let [images, patches] = ids_restore.dims(call, "ids_restore", "(B, L)")?;
+    ids_restore.expect(call, "ids_restore", DType::I32, &[images, patches])?;
+    expect_nonzero(call, "ids_restore", &[images, patches])?;
+    expect_ids(call, "ids_restore", &ids_restore, patches)?;
     match *shape {
         [b, tokens, dim] if b == images && (1..=1 + patches).contains(&tokens) && dim > 0 => {
             Ok(Dims { images, kept: tokens - 1, patches, dim, dtype })
         }
         _ => {
             let expected = format!("[{images}, 1 to {}, D]", 1 + patches);
-            Err(crate::Error::Shape { op, arg, expected, found: shape.to_vec() })
+            Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() })
         }
     }
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "restore_tokens::forward";
-        let dtype = self.inp.expect_real(OP, "inp")?;
-        let dims = dims(OP, ("inp", self.inp.shape(), dtype), &self.ids_restore)?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "restore_tokens::forward", dev };
+        let dtype = self.inp.expect_real(call, "inp")?;
+        let dims = dims(call, ("inp", self.inp.shape(), dtype), &self.ids_restore)?;
         let Dims { images, patches, dim, .. } = dims;
-        self.out.expect(OP, "out", dtype, &[images, 1 + patches, dim])?;
-        self.mask_token.expect(OP, "mask_token", dtype, &[dim])?;
-        self.pos_embed.expect(OP, "pos_embed", dtype, &[1 + patches, dim])?;
+        self.out.expect(call, "out", dtype, &[images, 1 + patches, dim])?;
+        self.mask_token.expect(call, "mask_token", dtype, &[dim])?;
+        self.pos_embed.expect(call, "pos_embed", dtype, &[1 + patches, dim])?;
         Ok(dims)
     }
 }
 
 impl Backward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "restore_tokens::backward";
-        let dtype = self.grad_inp.expect_real(OP, "grad_inp")?;
-        let dims = dims(OP, ("grad_inp", self.grad_inp.shape(), dtype), &self.ids_restore)?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "restore_tokens::backward", dev };
+        let dtype = self.grad_inp.expect_real(call, "grad_inp")?;
+        let dims = dims(call, ("grad_inp", self.grad_inp.shape(), dtype), &self.ids_restore)?;
         let Dims { images, patches, dim, .. } = dims;
-        self.grad_out.expect(OP, "grad_out", dtype, &[images, 1 + patches, dim])?;
-        self.grad_mask_token.expect(OP, "grad_mask_token", dtype, &[dim])?;
-        expect_workspace(OP, &self.workspace, workspace_bytes(dtype, images, dim))?;
+        self.grad_out.expect(call, "grad_out", dtype, &[images, 1 + patches, dim])?;
+        self.grad_mask_token.expect(call, "grad_mask_token", dtype.wide(), &[dim])?;
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, dim))?;
         Ok(dims)
     }
 }
