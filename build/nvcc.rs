@@ -12,7 +12,7 @@ use crate::sources::{self, Fnv, Source};
 
 /// Machine code for each of these (A100, H100 and H200, B200), and PTX of the first for what comes later.
 const ARCHS: [&str; 3] = ["80", "90a", "100"];
-/// The first release that knows sm_100.
+/// The first release that knows `sm_100`.
 const OLDEST: (u32, u32) = (12, 8);
 
 /// A CUDA compiler that starts and is new enough.
@@ -141,11 +141,11 @@ fn table(version: &str, sources: &[Source], said: &[String]) -> Result<String, S
     for (source, said) in sources.iter().zip(said) {
         let used = ptxas::parse(said);
         for kernel in &source.kernels {
-            let lines_before = lines.len();
+            let before = lines.len();
             for usage in used.iter().filter(|usage| usage.kernel == kernel.name) {
-                lines.push(format!("{usage}  {}", if kernel.hot { "hot" } else { "-" }));
+                lines.push(format!("{usage}  {}\n", if kernel.hot { "hot" } else { "-" }));
             }
-            if lines.len() == lines_before {
+            if lines.len() == before {
                 return Err(format!(
                     "ptxas says nothing of {} in {}",
                     kernel.name,
@@ -158,8 +158,7 @@ fn table(version: &str, sources: &[Source], said: &[String]) -> Result<String, S
     Ok(format!(
         "# What each kernel uses, by nvcc {version}: registers of a thread, bytes of spills, of static shared memory and of\n\
          # stack. After a change that is meant: PIXMIM_BLESS=1 cargo test --release --test kernel_build\n\
-         {}  hot\n{}\n",
-        ptxas::HEADING,
-        lines.join("\n")
+         # kernel                         arch    registers spill-stores spill-loads shared  stack  hot\n{}",
+        lines.concat()
     ))
 }

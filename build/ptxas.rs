@@ -20,10 +20,6 @@ pub(crate) struct Usage {
     pub(crate) stack: u32,
 }
 
-/// Heads the lines that [`Usage`] displays as.
-pub(crate) const HEADING: &str =
-    "# kernel                         arch    registers spill-stores spill-loads shared  stack";
-
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kernel, arch, registers, spill_stores, spill_loads, shared, stack } = self;

@@ -13,14 +13,12 @@ pub struct Kernel {
     pub hash: u64,
 }
 
-/// The driver may read a fatbin in place, by words.
-#[repr(C, align(16))]
-struct Aligned<T: ?Sized>(T);
-
-/// One embedded file.
+/// One embedded file, aligned: the driver may read a fatbin in place, by words.
 #[allow(unused_macros, reason = "a build without nvcc embeds none")]
 macro_rules! fatbin {
     ($path:literal) => {{
+        #[repr(align(16))]
+        struct Aligned<T: ?Sized>(T);
         static FATBIN: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
         &FATBIN.0
     }};
