@@ -4,6 +4,7 @@
 //! on the host, and checks every access they make: see `docs/executor.md`.
 
 mod driver;
+pub mod kernels;
 #[cfg(pixmim_simt)]
 mod simt;
 
