@@ -50,15 +50,15 @@ impl BlockActivations {
     fn new(arena: &mut Arena, dtype: DType, [b, t, d]: [usize; 3], heads: usize, f: usize) -> Self {
         Self {
             norm1: arena.tensor(dtype, &[b, t, d]),
-            mean1: arena.tensor(dtype, &[b, t]),
-            rstd1: arena.tensor(dtype, &[b, t]),
+            mean1: arena.tensor(dtype.wide(), &[b, t]),
+            rstd1: arena.tensor(dtype.wide(), &[b, t]),
             qkv: arena.tensor(dtype, &[b, t, 3 * d]),
-            lse: arena.tensor(dtype, &[b, heads, t]),
+            lse: arena.tensor(dtype.wide(), &[b, heads, t]),
             mixed: arena.tensor(dtype, &[b, t, d]),
             middle: arena.tensor(dtype, &[b, t, d]),
             norm2: arena.tensor(dtype, &[b, t, d]),
-            mean2: arena.tensor(dtype, &[b, t]),
-            rstd2: arena.tensor(dtype, &[b, t]),
+            mean2: arena.tensor(dtype.wide(), &[b, t]),
+            rstd2: arena.tensor(dtype.wide(), &[b, t]),
             pre_gelu: arena.tensor(dtype, &[b, t, f]),
             hidden: arena.tensor(dtype, &[b, t, f]),
             out: arena.tensor(dtype, &[b, t, d]),
@@ -125,8 +125,8 @@ impl Activations {
                 })
                 .collect(),
             latent: arena.tensor(dtype, &[b, short, dim]),
-            latent_mean: arena.tensor(dtype, &[b, short]),
-            latent_rstd: arena.tensor(dtype, &[b, short]),
+            latent_mean: arena.tensor(dtype.wide(), &[b, short]),
+            latent_rstd: arena.tensor(dtype.wide(), &[b, short]),
             embedded: arena.tensor(dtype, &[b, short, decoder_dim]),
             decoder_rows: arena.tensor(dtype, &[b * short + patches, decoder_dim]),
             decoder_tokens: arena.tensor(dtype, &[b, long, decoder_dim]),
@@ -137,8 +137,8 @@ impl Activations {
                 })
                 .collect(),
             decoded: arena.tensor(dtype, &[b, predicted, decoder_dim]),
-            decoded_mean: arena.tensor(dtype, &[b, predicted]),
-            decoded_rstd: arena.tensor(dtype, &[b, predicted]),
+            decoded_mean: arena.tensor(dtype.wide(), &[b, predicted]),
+            decoded_rstd: arena.tensor(dtype.wide(), &[b, predicted]),
             pred: arena.tensor(dtype, &[b, predicted, e]),
         }
     }

@@ -4,7 +4,7 @@ use super::activations::{Activations, Batch, Scratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, block, pos_embed};
-use crate::ops::{add_positions, layer_norm, linear, patch_embed, restore_tokens};
+use crate::ops::{add_positions, cast, layer_norm, linear, patch_embed, restore_tokens};
 use crate::{Arena, DType, Device, Result, Tensor, TensorList, TensorMut, TensorRef};
 
 /// Tokens before the first patch: the class token.
@@ -16,8 +16,10 @@ pub struct Mae {
     config: MaeConfig,
     dtype: DType,
     table: Table,
-    /// Trainable tensors, in the order of [`Mae::table`].
+    /// Trainable tensors, in the order of [`Mae::table`], in f32 or f64: what the optimizer updates.
     pub weights: TensorList,
+    /// The weights rounded to bf16, at the same places, where the network computes in bf16.
+    pub rounded: Option<TensorList>,
     /// `(1 + L, D)`, fixed.
     pub pos_embed: Tensor,
     /// `(1 + L, Dd)`, fixed.
@@ -34,22 +36,44 @@ impl Mae {
         let table = Table::new(&config);
         let (grid, shapes) = (config.grid(), table.shapes());
         let rows = PREFIX + config.patches();
-        let ((mut weights, mut pos_embed, mut decoder_pos_embed), _) =
+        let ((mut weights, rounded, mut pos_embed, mut decoder_pos_embed), _) =
             Arena::build(dev, "weights", |arena| {
                 (
-                    arena.list(dtype, &shapes),
+                    arena.list(dtype.wide(), &shapes),
+                    (dtype != dtype.wide()).then(|| arena.list(dtype, &shapes)),
                     arena.tensor(dtype, &[rows, config.dim]),
                     arena.tensor(dtype, &[rows, config.decoder_dim]),
                 )
             })?;
-        table.init(&mut weights, seed);
+        table.init(dev, &mut weights, seed)?;
         for (tensor, dim) in
             [(&mut pos_embed, config.dim), (&mut decoder_pos_embed, config.decoder_dim)]
         {
             let table = pos_embed::table(grid, dim);
-            params::write(tensor.view_mut(), |i| table[i]);
+            params::write(dev, tensor.view_mut(), |i| table[i])?;
         }
-        Ok(Self { config, dtype, table, weights, pos_embed, decoder_pos_embed })
+        let mut mae = Self { config, dtype, table, weights, rounded, pos_embed, decoder_pos_embed };
+        mae.round(dev)?;
+        Ok(mae)
+    }
+
+    /// Rounds the weights anew, after they were written from outside.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn round(&mut self, dev: &Device) -> Result<()> {
+        match &mut self.rounded {
+            None => Ok(()),
+            Some(rounded) => cast::forward(
+                dev,
+                cast::Forward { out: rounded.flat_mut(), inp: self.weights.flat() },
+            ),
+        }
+    }
+
+    /// The weights that the network computes with.
+    fn computed(&self) -> &TensorList {
+        self.rounded.as_ref().unwrap_or(&self.weights)
     }
 
     /// The network's sizes.
@@ -58,7 +82,7 @@ impl Mae {
         &self.config
     }
 
-    /// The dtype of weights and activations.
+    /// The dtype of activations, and of the weights that the network computes with.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -70,13 +94,16 @@ impl Mae {
         &self.table
     }
 
-    /// Tensors like the weights, zero: for gradients and moments. Returns their size in bytes too.
+    /// Tensors like [`weights`](Self::weights), zero: for gradients and moments. Returns their size in bytes too.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn like_weights(&self, dev: &Device, what: &'static str) -> Result<(TensorList, usize)> {
         let shapes = self.table.shapes();
-        Arena::build(dev, what, |arena| arena.list(self.dtype, &shapes))
+        let (mut list, bytes) =
+            Arena::build(dev, what, |arena| arena.list(self.dtype.wide(), &shapes))?;
+        dev.clear(list.flat_mut())?;
+        Ok((list, bytes))
     }
 
     /// Workspace for [`forward`](Self::forward) and [`backward`](Self::backward), in bytes.
@@ -95,7 +122,8 @@ impl Mae {
         acts: &mut Activations,
         workspace: &mut Tensor,
     ) -> Result<()> {
-        let (table, w) = (&self.table, |index: usize| self.weights.view(index));
+        let (table, weights) = (&self.table, self.computed());
+        let w = |index: usize| weights.view(index);
         let dim = self.config.dim;
         patch_embed::forward(
             dev,
@@ -113,7 +141,7 @@ impl Mae {
         )?;
         let mut stream = &acts.tokens;
         for (ids, acts) in table.blocks.iter().zip(&mut acts.blocks) {
-            block::forward(dev, &self.weights, ids, stream.view(), acts, workspace)?;
+            block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
             stream = &acts.out;
         }
         layer_norm::forward(
@@ -161,7 +189,7 @@ impl Mae {
         )?;
         let mut stream = &acts.decoder_tokens;
         for (ids, acts) in table.decoder_blocks.iter().zip(&mut acts.decoder_blocks) {
-            block::forward(dev, &self.weights, ids, stream.view(), acts, workspace)?;
+            block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
             stream = &acts.out;
         }
         // Only predicted patches go on: the loss sees no others.
@@ -202,7 +230,8 @@ impl Mae {
         scratch: &mut Scratch,
         workspace: &mut Tensor,
     ) -> Result<()> {
-        let (table, w) = (&self.table, |index: usize| self.weights.view(index));
+        let (table, weights) = (&self.table, self.computed());
+        let w = |index: usize| weights.view(index);
         let Scratch { grad_pred, grad_decoded, decoder, grad_decoder_rows, encoder } = scratch;
         // decoder_pred.
         let ids = table.decoder_pred;
@@ -241,7 +270,7 @@ impl Mae {
         for (l, ids) in table.decoder_blocks.iter().enumerate().rev() {
             let inp = last(&acts.decoder_blocks[..l], &acts.decoder_tokens).view();
             let acts = &acts.decoder_blocks[l];
-            block::backward(dev, &self.weights, grads, ids, inp, acts, decoder, workspace)?;
+            block::backward(dev, weights, grads, ids, inp, acts, decoder, workspace)?;
         }
         // restore_tokens.
         let embedded = acts.embedded.shape();
@@ -302,7 +331,7 @@ impl Mae {
         for (l, ids) in table.blocks.iter().enumerate().rev() {
             let inp = last(&acts.blocks[..l], &acts.tokens).view();
             let acts = &acts.blocks[l];
-            block::backward(dev, &self.weights, grads, ids, inp, acts, encoder, workspace)?;
+            block::backward(dev, weights, grads, ids, inp, acts, encoder, workspace)?;
         }
         // patch_embed.
         let (ids, dim) = (table.patch_embed, self.config.dim);
