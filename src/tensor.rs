@@ -287,6 +287,18 @@ impl<'a> TensorMut<'a> {
         TensorMut { life: PhantomData, ..*self }
     }
 
+    /// Read-only view of the same elements, for as long.
+    #[must_use]
+    pub fn into_ref(self) -> TensorRef<'a> {
+        TensorRef {
+            ptr: self.ptr,
+            shape: self.shape,
+            dtype: self.dtype,
+            place: self.place,
+            life: PhantomData,
+        }
+    }
+
     /// Read-only view of the same elements.
     #[must_use]
     pub fn as_ref(&self) -> TensorRef<'_> {
@@ -313,7 +325,7 @@ impl<'a> TensorMut<'a> {
     ///
     /// # Panics
     /// If the workspace is too small: the op's `check` has judged that.
-    pub(crate) fn carve_tensor(self, dtype: DType, elems: usize) -> (Self, Self) {
+    pub fn carve_tensor(self, dtype: DType, elems: usize) -> (Self, Self) {
         assert_eq!(self.dtype, DType::U8, "a workspace is bytes");
         let start = self.ptr.addr().next_multiple_of(ALIGN_BYTES) - self.ptr.addr();
         let end = start + elems * dtype.size_bytes();

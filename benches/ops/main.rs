@@ -93,7 +93,7 @@ fn flops(times: usize, rows: usize, inner: usize, cols: usize) -> Throughput {
 
 /// A tensor of zeros: for outputs and workspaces.
 fn zeros(dtype: DType, shape: &[usize]) -> Tensor {
-    Arena::build("bench", |arena| arena.tensor(dtype, shape)).unwrap().0
+    Tensor::new(&Device::cpu(), dtype, shape).unwrap()
 }
 
 /// An f32 tensor uniform on [-1, 1), each call another one.

@@ -30,7 +30,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         let grad_out = random(&[images, rows, dim]);
         let mut grad_inp = zeros(DType::F32, &[images, 1 + w.kept(), dim]);
         let mut grad_mask_token = zeros(DType::F32, &[dim]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(DType::F32, images, dim)]);
+        let mut workspace =
+            zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, images, dim)]);
         let work = bytes(&[&grad_out, &grad_inp]);
         time(criterion, "restore_tokens", "backward", w.name, work, || {
             restore_tokens::backward(

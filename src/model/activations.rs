@@ -1,9 +1,7 @@
 //! What a forward pass keeps for the backward pass, and the gradients that pass between blocks.
 
 use super::MaeConfig;
-use crate::ops::{
-    attention, layer_norm, masked_mse_loss, patch_embed, random_masking, restore_tokens,
-};
+use crate::ops::{attention, layer_norm, masked_mse_loss, patch_embed, random_masking};
 use crate::{Arena, DType, Device, Tensor};
 
 /// How many images, and how much of each is kept and predicted.
@@ -52,15 +50,15 @@ impl BlockActivations {
     fn new(arena: &mut Arena, dtype: DType, [b, t, d]: [usize; 3], heads: usize, f: usize) -> Self {
         Self {
             norm1: arena.tensor(dtype, &[b, t, d]),
-            mean1: arena.tensor(dtype, &[b, t]),
-            rstd1: arena.tensor(dtype, &[b, t]),
+            mean1: arena.tensor(dtype.wide(), &[b, t]),
+            rstd1: arena.tensor(dtype.wide(), &[b, t]),
             qkv: arena.tensor(dtype, &[b, t, 3 * d]),
-            lse: arena.tensor(dtype, &[b, heads, t]),
+            lse: arena.tensor(dtype.wide(), &[b, heads, t]),
             mixed: arena.tensor(dtype, &[b, t, d]),
             middle: arena.tensor(dtype, &[b, t, d]),
             norm2: arena.tensor(dtype, &[b, t, d]),
-            mean2: arena.tensor(dtype, &[b, t]),
-            rstd2: arena.tensor(dtype, &[b, t]),
+            mean2: arena.tensor(dtype.wide(), &[b, t]),
+            rstd2: arena.tensor(dtype.wide(), &[b, t]),
             pre_gelu: arena.tensor(dtype, &[b, t, f]),
             hidden: arena.tensor(dtype, &[b, t, f]),
             out: arena.tensor(dtype, &[b, t, d]),
@@ -91,6 +89,8 @@ pub struct Activations {
     pub latent_rstd: Tensor,
     /// `(B, 1 + K, Dd)`: the latent at the decoder's width.
     pub embedded: Tensor,
+    /// `(B (1 + K) + L, Dd)`: kept tokens and, for each patch, the mask token, with their positions.
+    pub decoder_rows: Tensor,
     /// `(B, 1 + L, Dd)`: the decoder's tokens.
     pub decoder_tokens: Tensor,
     /// Decoder blocks.
@@ -125,9 +125,10 @@ impl Activations {
                 })
                 .collect(),
             latent: arena.tensor(dtype, &[b, short, dim]),
-            latent_mean: arena.tensor(dtype, &[b, short]),
-            latent_rstd: arena.tensor(dtype, &[b, short]),
+            latent_mean: arena.tensor(dtype.wide(), &[b, short]),
+            latent_rstd: arena.tensor(dtype.wide(), &[b, short]),
             embedded: arena.tensor(dtype, &[b, short, decoder_dim]),
+            decoder_rows: arena.tensor(dtype, &[b * short + patches, decoder_dim]),
             decoder_tokens: arena.tensor(dtype, &[b, long, decoder_dim]),
             decoder_blocks: (0..config.decoder_depth)
                 .map(|_| {
@@ -136,8 +137,8 @@ impl Activations {
                 })
                 .collect(),
             decoded: arena.tensor(dtype, &[b, predicted, decoder_dim]),
-            decoded_mean: arena.tensor(dtype, &[b, predicted]),
-            decoded_rstd: arena.tensor(dtype, &[b, predicted]),
+            decoded_mean: arena.tensor(dtype.wide(), &[b, predicted]),
+            decoded_rstd: arena.tensor(dtype.wide(), &[b, predicted]),
             pred: arena.tensor(dtype, &[b, predicted, e]),
         }
     }
@@ -176,8 +177,8 @@ pub struct Scratch {
     pub grad_decoded: Tensor,
     /// The decoder's blocks.
     pub decoder: StackScratch,
-    /// `(B, 1 + K, Dd)`.
-    pub grad_embedded: Tensor,
+    /// `(B (1 + K) + L, Dd)`: gradient of the decoder's rows.
+    pub grad_decoder_rows: Tensor,
     /// The encoder's blocks.
     pub encoder: StackScratch,
 }
@@ -198,7 +199,7 @@ impl Scratch {
                 [b, long, decoder_dim],
                 mlp_ratio * decoder_dim,
             ),
-            grad_embedded: arena.tensor(dtype, &[b, 1 + kept, decoder_dim]),
+            grad_decoder_rows: arena.tensor(dtype, &[b * (1 + kept) + long - 1, decoder_dim]),
             encoder: StackScratch::new(arena, dtype, [b, 1 + kept, dim], mlp_ratio * dim),
         }
     }
@@ -215,7 +216,6 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, config: &MaeConfig, batch: Ba
         patch_embed::workspace_bytes(dev, dtype, images, kept, config.dim),
         layer_norm::workspace_bytes(dev, dtype, images, widest),
         attention::workspace_bytes(dev, dtype, images, 1 + patches),
-        restore_tokens::workspace_bytes(dev, dtype, images, config.decoder_dim),
         masked_mse_loss::workspace_bytes(dev, dtype, images * predicted),
     ];
     needs.into_iter().max().unwrap_or(0)

@@ -4,9 +4,8 @@ use super::activations::{Activations, Batch, Scratch};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, block, pos_embed};
-use crate::TensorList;
-use crate::ops::{layer_norm, linear, patch_embed, restore_tokens};
-use crate::{Arena, DType, Device, Result, Tensor};
+use crate::ops::{add_positions, cast, layer_norm, linear, patch_embed, restore_tokens};
+use crate::{Arena, DType, Device, Result, Tensor, TensorList, TensorMut, TensorRef};
 
 /// Tokens before the first patch: the class token.
 const PREFIX: usize = 1;
@@ -17,8 +16,10 @@ pub struct Mae {
     config: MaeConfig,
     dtype: DType,
     table: Table,
-    /// Trainable tensors, in the order of [`Mae::table`].
+    /// Trainable tensors, in the order of [`Mae::table`], in f32 or f64: what the optimizer updates.
     pub weights: TensorList,
+    /// The weights rounded to bf16, at the same places, where the network computes in bf16.
+    pub rounded: Option<TensorList>,
     /// `(1 + L, D)`, fixed.
     pub pos_embed: Tensor,
     /// `(1 + L, Dd)`, fixed.
@@ -35,22 +36,44 @@ impl Mae {
         let table = Table::new(&config);
         let (grid, shapes) = (config.grid(), table.shapes());
         let rows = PREFIX + config.patches();
-        let ((mut weights, mut pos_embed, mut decoder_pos_embed), _) =
+        let ((mut weights, rounded, mut pos_embed, mut decoder_pos_embed), _) =
             Arena::build(dev, "weights", |arena| {
                 (
-                    arena.list(dtype, &shapes),
+                    arena.list(dtype.wide(), &shapes),
+                    (dtype != dtype.wide()).then(|| arena.list(dtype, &shapes)),
                     arena.tensor(dtype, &[rows, config.dim]),
                     arena.tensor(dtype, &[rows, config.decoder_dim]),
                 )
             })?;
-        table.init(&mut weights, seed);
+        table.init(dev, &mut weights, seed)?;
         for (tensor, dim) in
             [(&mut pos_embed, config.dim), (&mut decoder_pos_embed, config.decoder_dim)]
         {
             let table = pos_embed::table(grid, dim);
-            params::write(tensor.view_mut(), |i| table[i]);
+            params::write(dev, tensor.view_mut(), |i| table[i])?;
         }
-        Ok(Self { config, dtype, table, weights, pos_embed, decoder_pos_embed })
+        let mut mae = Self { config, dtype, table, weights, rounded, pos_embed, decoder_pos_embed };
+        mae.round(dev)?;
+        Ok(mae)
+    }
+
+    /// Rounds the weights anew, after they were written from outside.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn round(&mut self, dev: &Device) -> Result<()> {
+        match &mut self.rounded {
+            None => Ok(()),
+            Some(rounded) => cast::forward(
+                dev,
+                cast::Forward { out: rounded.flat_mut(), inp: self.weights.flat() },
+            ),
+        }
+    }
+
+    /// The weights that the network computes with.
+    fn computed(&self) -> &TensorList {
+        self.rounded.as_ref().unwrap_or(&self.weights)
     }
 
     /// The network's sizes.
@@ -59,7 +82,7 @@ impl Mae {
         &self.config
     }
 
-    /// The dtype of weights and activations.
+    /// The dtype of activations, and of the weights that the network computes with.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -71,13 +94,16 @@ impl Mae {
         &self.table
     }
 
-    /// Tensors like the weights, zero: for gradients and moments. Returns their size in bytes too.
+    /// Tensors like [`weights`](Self::weights), zero: for gradients and moments. Returns their size in bytes too.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn like_weights(&self, dev: &Device, what: &'static str) -> Result<(TensorList, usize)> {
         let shapes = self.table.shapes();
-        Arena::build(dev, what, |arena| arena.list(self.dtype, &shapes))
+        let (mut list, bytes) =
+            Arena::build(dev, what, |arena| arena.list(self.dtype.wide(), &shapes))?;
+        dev.clear(list.flat_mut())?;
+        Ok((list, bytes))
     }
 
     /// Workspace for [`forward`](Self::forward) and [`backward`](Self::backward), in bytes.
@@ -96,7 +122,8 @@ impl Mae {
         acts: &mut Activations,
         workspace: &mut Tensor,
     ) -> Result<()> {
-        let (table, w) = (&self.table, |index: usize| self.weights.view(index));
+        let (table, weights) = (&self.table, self.computed());
+        let w = |index: usize| weights.view(index);
         let dim = self.config.dim;
         patch_embed::forward(
             dev,
@@ -114,7 +141,7 @@ impl Mae {
         )?;
         let mut stream = &acts.tokens;
         for (ids, acts) in table.blocks.iter().zip(&mut acts.blocks) {
-            block::forward(dev, &self.weights, ids, stream.view(), acts, workspace)?;
+            block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
             stream = &acts.out;
         }
         layer_norm::forward(
@@ -140,19 +167,29 @@ impl Mae {
                 epilogue: linear::Epilogue::None,
             },
         )?;
-        restore_tokens::forward(
+        add_positions::forward(
             dev,
-            restore_tokens::Forward {
-                out: acts.decoder_tokens.view_mut(),
+            add_positions::Forward {
+                out: acts.decoder_rows.view_mut(),
                 inp: acts.embedded.view(),
-                ids_restore: acts.ids_restore.view(),
+                ids_keep: acts.ids_keep.view(),
                 mask_token: w(table.mask_token).reshaped(&[self.config.decoder_dim])?,
                 pos_embed: self.decoder_pos_embed.view(),
             },
         )?;
+        let (kept, fill) = decoder_rows(acts.decoder_rows.view(), acts.embedded.shape())?;
+        restore_tokens::forward(
+            dev,
+            restore_tokens::Forward {
+                out: acts.decoder_tokens.view_mut(),
+                inp: kept,
+                fill,
+                ids_restore: acts.ids_restore.view(),
+            },
+        )?;
         let mut stream = &acts.decoder_tokens;
         for (ids, acts) in table.decoder_blocks.iter().zip(&mut acts.decoder_blocks) {
-            block::forward(dev, &self.weights, ids, stream.view(), acts, workspace)?;
+            block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
             stream = &acts.out;
         }
         // Only predicted patches go on: the loss sees no others.
@@ -193,8 +230,9 @@ impl Mae {
         scratch: &mut Scratch,
         workspace: &mut Tensor,
     ) -> Result<()> {
-        let (table, w) = (&self.table, |index: usize| self.weights.view(index));
-        let Scratch { grad_pred, grad_decoded, decoder, grad_embedded, encoder } = scratch;
+        let (table, weights) = (&self.table, self.computed());
+        let w = |index: usize| weights.view(index);
+        let Scratch { grad_pred, grad_decoded, decoder, grad_decoder_rows, encoder } = scratch;
         // decoder_pred.
         let ids = table.decoder_pred;
         let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
@@ -232,18 +270,28 @@ impl Mae {
         for (l, ids) in table.decoder_blocks.iter().enumerate().rev() {
             let inp = last(&acts.decoder_blocks[..l], &acts.decoder_tokens).view();
             let acts = &acts.decoder_blocks[l];
-            block::backward(dev, &self.weights, grads, ids, inp, acts, decoder, workspace)?;
+            block::backward(dev, weights, grads, ids, inp, acts, decoder, workspace)?;
         }
         // restore_tokens.
-        let [grad_mask_token] = grads.views_mut([table.mask_token]);
+        let embedded = acts.embedded.shape();
+        let (grad_kept, grad_fill) = decoder_rows_mut(grad_decoder_rows.view_mut(), embedded)?;
         restore_tokens::backward(
             dev,
             restore_tokens::Backward {
-                grad_inp: grad_embedded.view_mut(),
-                grad_mask_token: grad_mask_token.reshaped(&[self.config.decoder_dim])?,
+                grad_inp: grad_kept,
+                grad_fill,
                 grad_out: decoder.grad_stream.view(),
                 ids_restore: acts.ids_restore.view(),
-                workspace: workspace.view_mut(),
+            },
+        )?;
+        // add_positions: what reaches a kept row is the gradient of the embedded token as it is.
+        let (grad_embedded, grad_fill) = decoder_rows(grad_decoder_rows.view(), embedded)?;
+        let [grad_mask_token] = grads.views_mut([table.mask_token]);
+        add_positions::backward(
+            dev,
+            add_positions::Backward {
+                grad_mask_token: grad_mask_token.reshaped(&[self.config.decoder_dim])?,
+                grad_fill,
             },
         )?;
         // decoder_embed.
@@ -255,7 +303,7 @@ impl Mae {
                 grad_inp: linear::GradInput::Plain(encoder.grad_branch.view_mut()),
                 grad_weight,
                 grad_bias,
-                grad_out: grad_embedded.view(),
+                grad_out: grad_embedded,
                 inp: acts.latent.view(),
                 weight: w(ids.weight),
                 workspace: workspace.view_mut(),
@@ -283,7 +331,7 @@ impl Mae {
         for (l, ids) in table.blocks.iter().enumerate().rev() {
             let inp = last(&acts.blocks[..l], &acts.tokens).view();
             let acts = &acts.blocks[l];
-            block::backward(dev, &self.weights, grads, ids, inp, acts, encoder, workspace)?;
+            block::backward(dev, weights, grads, ids, inp, acts, encoder, workspace)?;
         }
         // patch_embed.
         let (ids, dim) = (table.patch_embed, self.config.dim);
@@ -306,4 +354,24 @@ impl Mae {
 /// The residual stream after the last of `blocks`, or before the first.
 fn last<'a>(blocks: &'a [super::activations::BlockActivations], tokens: &'a Tensor) -> &'a Tensor {
     blocks.last().map_or(tokens, |block| &block.out)
+}
+
+/// Of rows as [`add_positions`] lays them out, those of the kept tokens, shaped `(B, 1 + K, Dd)`, and those of the mask
+/// token, `(L, Dd)`.
+fn decoder_rows<'a>(rows: TensorRef<'a>, kept: &[usize]) -> Result<(TensorRef<'a>, TensorRef<'a>)> {
+    let (elems, dim) = (rows.elems(), rows.shape()[1]);
+    let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
+    let patches = last.elems() / dim;
+    Ok((first.reshaped(kept)?, last.reshaped(&[patches, dim])?))
+}
+
+/// As [`decoder_rows`].
+fn decoder_rows_mut<'a>(
+    rows: TensorMut<'a>,
+    kept: &[usize],
+) -> Result<(TensorMut<'a>, TensorMut<'a>)> {
+    let (elems, dim) = (rows.elems(), rows.shape()[1]);
+    let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
+    let patches = last.elems() / dim;
+    Ok((first.reshaped(kept)?, last.reshaped(&[patches, dim])?))
 }

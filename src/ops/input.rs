@@ -140,15 +140,26 @@ impl Forward<'_> {
             }
         };
         expect_ids(call, "ids_keep", &self.ids_keep, grid * grid)?;
-        let bytes = self.images.elems() as i64;
-        let rows: &[Geometry] = bytemuck::cast_slice(self.geometry.as_slice::<i64>());
-        for (image, row) in rows.iter().enumerate() {
-            if !row.fits(bytes, (grid * patch_size) as i64) {
-                let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
-                return Err(Error::invalid("input::forward: geometry", why));
-            }
+        if self.geometry.place() == crate::Place::Host {
+            let rows = bytemuck::cast_slice(self.geometry.as_slice::<i64>());
+            check_geometry(rows, self.images.elems(), grid * patch_size)?;
         }
         Ok(Dims { kept, grid, patch_size, dtype })
+    }
+}
+
+/// Refuses crops of `side` pixels that do not lie in their images' `bytes`. [`forward`] does so on the CPU; on a GPU its
+/// kernel trusts the rows.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the image.
+pub fn check_geometry(rows: &[Geometry], bytes: usize, side: usize) -> Result<()> {
+    match rows.iter().position(|row| !row.fits(bytes as i64, side as i64)) {
+        None => Ok(()),
+        Some(image) => {
+            let why = format!("of image {image} does not fit: {:?} in {bytes} bytes", rows[image]);
+            Err(Error::invalid("input::forward: geometry", why))
+        }
     }
 }
 

@@ -54,7 +54,7 @@ impl<T: Real> Case<T> {
         let [images, patches, kept, dim] = self.size;
         let mut grad_inp = Guarded::poisoned(&[images, 1 + kept, dim]);
         let mut grad_mask_token = Guarded::holding(before, &[dim]);
-        let mut work = workspace(workspace_bytes(T::DTYPE, images, dim));
+        let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, dim));
         let args = Backward {
             grad_inp: grad_inp.view(),
             grad_mask_token: grad_mask_token.view(),
@@ -177,7 +177,7 @@ fn what_does_not_fit_is_refused() {
         real("grad_mask_token", &[7]),
         real("grad_out", &[2, 5, 7]),
         ids(),
-        workspace_arg(workspace_bytes(DType::F32, 2, 7)),
+        workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, 7)),
     ];
     refuses_what_does_not_fit("restore_tokens::backward", &args, &|t| {
         let [grad_inp, grad_mask_token, grad_out, ids_restore, workspace] = t else {
