@@ -46,7 +46,7 @@ fn main() -> Result<()> {
     let samples: Vec<i64> = (0..IMAGES as i64).collect();
 
     for epoch in 0..=100 {
-        trainer.clear();
+        trainer.clear()?;
         // A new epoch draws new masks. A step of several micro-batches calls `accumulate` for each.
         let batch = MicroBatch { images: &images, geometry: &geometry, samples: &samples, epoch };
         trainer.accumulate(batch, 1)?;

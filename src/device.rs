@@ -1,4 +1,13 @@
-//! Where an op runs.
+//! Where an op runs, and where its tensors are.
+
+use std::borrow::Cow;
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::cuda::Gpu;
+use crate::dtype::Element;
+use crate::{DType, Error, Result, TensorMut, TensorRef};
 
 /// A device. Closed on purpose: each op matches on it right under its contract.
 #[derive(Clone, Debug)]
@@ -6,6 +15,17 @@
 pub enum Device {
     /// The machine's cores, through the current rayon thread pool.
     Cpu(Cpu),
+    /// A GPU, or the host executor that stands in for one.
+    Cuda(Gpu),
+}
+
+/// Whose memory a tensor is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The process's own.
+    Host,
+    /// That of the GPU with this number, given at its opening.
+    Gpu(u32),
 }
 
 /// How the CPU computes.
@@ -34,10 +54,137 @@ impl Products {
     }
 }
 
+/// An op, called on a device: what its checks judge by and name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call<'a> {
+    pub(crate) op: &'static str,
+    pub(crate) dev: &'a Device,
+}
+
+impl Call<'_> {
+    /// Refuses a tensor that is not where the op runs, or that vector loads on a GPU could not read.
+    pub(crate) fn expect_place(
+        self,
+        arg: &'static str,
+        place: Place,
+        ptr: *const u8,
+    ) -> Result<()> {
+        let expected = self.dev.place();
+        if place != expected {
+            return Err(Error::Place { op: self.op, arg, expected, found: place });
+        }
+        if place != Place::Host && !ptr.addr().is_multiple_of(GPU_ALIGN_BYTES) {
+            let why = format!(
+                "starts at address {:#x}; on a GPU a tensor starts at a multiple of {GPU_ALIGN_BYTES}",
+                ptr.addr()
+            );
+            return Err(Error::invalid(format!("{}: {arg}", self.op), why));
+        }
+        Ok(())
+    }
+}
+
+/// Alignment that kernels rely on: the widest load.
+const GPU_ALIGN_BYTES: usize = 16;
+
 impl Device {
     /// The CPU with f32 products.
     #[must_use]
     pub fn cpu() -> Self {
         Self::Cpu(Cpu::default())
     }
+
+    /// Where this device's tensors are.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        match self {
+            Self::Cpu(_) => Place::Host,
+            Self::Cuda(gpu) => gpu.place(),
+        }
+    }
+
+    /// Copies numbers into a tensor of this device. `src` may be reused at once; on a GPU the copy is ordered before all work
+    /// enqueued later.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`] or [`Error::Place`] unless the tensor fits; [`Error::Gpu`].
+    pub fn upload<T: Element>(&self, dst: TensorMut<'_>, src: &[T]) -> Result<()> {
+        let call = Call { op: "upload", dev: self };
+        expect_elems(call, "dst", dst.elems(), src.len())?;
+        dst.expect(call, "dst", T::DTYPE, dst.shape())?;
+        match self {
+            Self::Cpu(_) => dst.into_slice::<T>().copy_from_slice(src),
+            Self::Cuda(gpu) => gpu.driver().upload(dst.dev_ptr(), bytemuck::cast_slice(src))?,
+        }
+        Ok(())
+    }
+
+    /// The numbers of a tensor of this device: its own memory on the CPU, a copy of a GPU's after all work enqueued so far.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn read<'a, T: Element>(&self, src: TensorRef<'a>) -> Result<Cow<'a, [T]>> {
+        let call = Call { op: "read", dev: self };
+        src.expect(call, "src", T::DTYPE, src.shape())?;
+        match self {
+            Self::Cpu(_) => Ok(Cow::Borrowed(src.as_slice())),
+            Self::Cuda(gpu) => {
+                let mut dst = vec![T::zeroed(); src.elems()];
+                gpu.driver().download(bytemuck::cast_slice_mut(&mut dst), src.dev_ptr())?;
+                Ok(Cow::Owned(dst))
+            }
+        }
+    }
+
+    /// As [`read`](Self::read), always a copy.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn download<T: Element>(&self, src: TensorRef<'_>) -> Result<Vec<T>> {
+        self.read(src).map(Cow::into_owned)
+    }
+
+    /// As [`read`](Self::read), of f32 or of bf16 widened to it.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn read_f32<'a>(&self, src: TensorRef<'a>) -> Result<Cow<'a, [f32]>> {
+        match src.dtype() {
+            DType::Bf16 => Ok(Cow::Owned(self.read::<bf16>(src)?.to_f32_vec())),
+            _ => self.read(src),
+        }
+    }
+
+    /// As [`read`](Self::read), one real number, widened.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn scalar(&self, src: TensorRef<'_>) -> Result<f64> {
+        expect_elems(Call { op: "scalar", dev: self }, "src", src.elems(), 1)?;
+        match src.dtype() {
+            DType::F64 => Ok(self.read::<f64>(src)?[0]),
+            _ => Ok(f64::from(self.read::<f32>(src)?[0])),
+        }
+    }
+
+    /// Sets every byte to zero, which is the number 0 in every dtype.
+    ///
+    /// # Errors
+    /// [`Error::Place`], [`Error::Gpu`].
+    pub fn clear(&self, dst: TensorMut<'_>) -> Result<()> {
+        dst.expect(Call { op: "clear", dev: self }, "dst", dst.dtype(), dst.shape())?;
+        match self {
+            Self::Cpu(_) => dst.clear_host(),
+            Self::Cuda(gpu) => gpu.driver().clear(dst.dev_ptr(), dst.bytes())?,
+        }
+        Ok(())
+    }
+}
+
+fn expect_elems(call: Call<'_>, arg: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let expected = format!("{expected} elements in all");
+    Err(Error::Shape { op: call.op, arg, expected, found: vec![found] })
 }

@@ -32,6 +32,15 @@ impl DType {
             Self::F64 | Self::I64 => 8,
         }
     }
+
+    /// The dtype of sums, statistics and parameter gradients where this one is stored: f32 for bf16, else itself.
+    #[must_use]
+    pub const fn wide(self) -> Self {
+        match self {
+            Self::Bf16 => Self::F32,
+            other => other,
+        }
+    }
 }
 
 /// Rust types that can stand in a tensor. Sealed: the list is [`DType`]'s.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::DType;
+use crate::device::Place;
 
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -35,6 +36,37 @@ pub enum Error {
         expected: String,
         /// What it was given.
         found: DType,
+    },
+    /// A tensor is in another memory than the op's device. The caller of the op fixes this.
+    #[error(
+        "{op}: `{arg}` is in {found:?} memory, the op runs on {expected:?}; copy it there first"
+    )]
+    Place {
+        /// Operation that refused the tensor.
+        op: &'static str,
+        /// Argument name.
+        arg: &'static str,
+        /// Where the op runs.
+        expected: Place,
+        /// Where the tensor is.
+        found: Place,
+    },
+    /// The GPU, its driver or one of its libraries refused a call, or work enqueued before failed.
+    #[error("the GPU could not {action}: {why}")]
+    Gpu {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// The driver's own words, and what to do.
+        why: String,
+    },
+    /// A kernel did something wrong, as the host executor saw it: a race, an access out of bounds, a read of what
+    /// nothing wrote. A defect of this library.
+    #[error("kernel {kernel}: {why}")]
+    Kernel {
+        /// Entry name.
+        kernel: &'static str,
+        /// Block, thread, source line and what happened.
+        why: String,
     },
     /// A workspace is too small. The caller of the op fixes this.
     #[error("{op}: `workspace` has {found} bytes, needs {needed} (see workspace_bytes)")]
@@ -159,7 +191,12 @@ impl Error {
             Self::Diverged { .. } => 3,
             Self::Data { .. } => 4,
             Self::Io { .. } | Self::Corrupt { .. } => 5,
-            Self::Shape { .. } | Self::DType { .. } | Self::Workspace { .. } => 70,
+            Self::Shape { .. }
+            | Self::DType { .. }
+            | Self::Place { .. }
+            | Self::Workspace { .. }
+            | Self::Gpu { .. }
+            | Self::Kernel { .. } => 70,
         }
     }
 }

@@ -3,7 +3,9 @@
 //! It implements PixMIM (arXiv 2303.02416): masked autoencoding whose reconstruction target is low-pass filtered
 //! and whose crop keeps the subject in view.
 
+pub mod arena;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod dtype;
 pub mod error;
@@ -18,10 +20,12 @@ pub mod data;
 #[cfg(feature = "train")]
 pub mod train;
 
-pub use device::{Cpu, Device, Products};
+pub use arena::{Arena, Tensor, TensorList};
+pub use cuda::Gpu;
+pub use device::{Cpu, Device, Place, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};
-pub use tensor::{Arena, Tensor, TensorMut, TensorRef};
+pub use tensor::{TensorMut, TensorRef};
 
 /// Version of the crate and commit it was built from.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (git ", env!("PIXMIM_GIT"), ")");

@@ -92,7 +92,7 @@ impl Images {
 /// Input, low-pass target, masking, forward, loss, backward, AdamW.
 pub(crate) fn step(trainer: &mut Trainer, images: &Images, epoch: u32) -> Result<Outcome> {
     let Images { pixels, geometry, samples } = images;
-    trainer.clear();
+    trainer.clear()?;
     trainer.accumulate(MicroBatch { images: pixels, geometry, samples, epoch }, 1)?;
     trainer.update(1e-4)
 }

@@ -3,55 +3,99 @@
 //! `g = grad clip`, `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
 //! `param = param (1 - lr wd) - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)`, as `torch.optim.AdamW`.
 //!
-//! A step whose gradient norm is not finite changes nothing: neither parameters nor moments.
+//! A step whose loss, gradient norm or norm's square is not finite changes nothing: neither parameters nor moments. That
+//! is decided where the numbers are, by [`prepare`], so that a GPU need not wait for the host.
 
 use super::for_real;
-use crate::{Device, Error, Result, TensorMut, TensorRef};
+use crate::device::Call;
+use crate::{DType, Device, Result, TensorMut, TensorRef};
+
+/// Numbers in [`Prepare::coefficients`]: whether the step is taken (1 or 0), the factor that clips gradients,
+/// `lr / (1 - b1^step)`, `1 / sqrt(1 - b2^step)`, and `lr`.
+pub const COEFFICIENTS: usize = 5;
+
+/// Arguments of [`prepare`].
+#[derive(Debug)]
+pub struct Prepare<'a> {
+    /// `(COEFFICIENTS)`. Overwritten; read by [`update`].
+    pub coefficients: TensorMut<'a>,
+    /// `(1)` i64: updates done. Counted up if the step is taken.
+    pub step: TensorMut<'a>,
+    /// `(1)` f64: learning rate of this step.
+    pub lr: TensorRef<'a>,
+    /// `(1)`: a step whose loss is not finite is not taken.
+    pub loss: TensorRef<'a>,
+    /// `(1)`, from [`super::grad_norm`] over all parameters of the model. Its square must be finite: it would stay in the
+    /// second moments.
+    pub grad_norm: TensorRef<'a>,
+    /// Gradients are scaled down to this norm if theirs is larger; 0: never.
+    pub clip: f64,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+}
 
 /// Arguments of [`update`].
 #[derive(Debug)]
 pub struct Update<'a> {
     /// `(N)`. Updated.
     pub param: TensorMut<'a>,
+    /// `(N)` bf16: a copy of `param` to compute with. Overwritten if the step is taken.
+    pub copy: Option<TensorMut<'a>>,
     /// `(N)`, first moment. Updated.
     pub exp_avg: TensorMut<'a>,
     /// `(N)`, second moment. Updated.
     pub exp_avg_sq: TensorMut<'a>,
     /// `(N)`.
     pub grad: TensorRef<'a>,
-    /// `(1)`, from [`super::grad_norm`] over all parameters of the model.
-    pub grad_norm: TensorRef<'a>,
-    /// Gradients are scaled down to this norm if theirs is larger; 0: never.
-    pub clip: f64,
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// Decay rates of the moments.
+    /// `(COEFFICIENTS)`, from [`prepare`].
+    pub coefficients: TensorRef<'a>,
+    /// Decay rates of the moments, as given to [`prepare`].
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
     pub eps: f64,
     /// Decoupled weight decay, per unit of learning rate.
     pub weight_decay: f64,
-    /// Updates made with this one: 1 at first.
-    pub step: u64,
 }
 
-/// Updates the parameters, or leaves everything as it is if the gradient norm is not finite.
+/// Decides whether a step is taken, counts it, and works out what is the same for all parameters.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for step 0.
-pub fn update(dev: &Device, args: Update<'_>) -> Result<()> {
-    const OP: &str = "adamw";
-    let dtype = args.param.expect_real(OP, "param")?;
-    let [elems] = args.param.dims(OP, "param", "(N)")?;
-    args.exp_avg.expect(OP, "exp_avg", dtype, &[elems])?;
-    args.exp_avg_sq.expect(OP, "exp_avg_sq", dtype, &[elems])?;
-    args.grad.expect(OP, "grad", dtype, &[elems])?;
-    args.grad_norm.expect(OP, "grad_norm", dtype, &[1])?;
-    if args.step == 0 {
-        return Err(Error::invalid("adamw: step", "is 0, must count this update: 1 at first"));
+/// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
+/// fields say.
+pub fn prepare(dev: &Device, args: Prepare<'_>) -> Result<()> {
+    let call = Call { op: "adamw::prepare", dev };
+    let dtype = args.coefficients.expect_real(call, "coefficients")?.wide();
+    args.coefficients.expect(call, "coefficients", dtype, &[COEFFICIENTS])?;
+    args.step.expect(call, "step", DType::I64, &[1])?;
+    args.lr.expect(call, "lr", DType::F64, &[1])?;
+    args.loss.expect(call, "loss", dtype, &[1])?;
+    args.grad_norm.expect(call, "grad_norm", dtype, &[1])?;
+    match dev {
+        Device::Cpu(_) => for_real!(dtype, T => cpu::prepare::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
+    Ok(())
+}
+
+/// Updates the parameters, or leaves everything as it is if the step is not taken.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn update(dev: &Device, args: Update<'_>) -> Result<()> {
+    let call = Call { op: "adamw::update", dev };
+    let dtype = args.param.expect_real(call, "param")?.wide();
+    let [elems] = args.param.dims(call, "param", "(N)")?;
+    args.param.expect(call, "param", dtype, &[elems])?;
+    if let Some(copy) = &args.copy {
+        copy.expect(call, "copy", DType::Bf16, &[elems])?;
+    }
+    args.exp_avg.expect(call, "exp_avg", dtype, &[elems])?;
+    args.exp_avg_sq.expect(call, "exp_avg_sq", dtype, &[elems])?;
+    args.grad.expect(call, "grad", dtype, &[elems])?;
+    args.coefficients.expect(call, "coefficients", dtype, &[COEFFICIENTS])?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::update::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -59,28 +103,44 @@ pub fn update(dev: &Device, args: Update<'_>) -> Result<()> {
 mod cpu {
     use rayon::prelude::*;
 
-    use super::Update;
+    use half::bf16;
+
+    use super::{Prepare, Update};
     use crate::cpu::{Real, simd};
 
     /// Elements of a piece of work: four streams of 64 KiB stay in L2.
     const PIECE: usize = 16_384;
 
-    pub(super) fn update<T: Real>(args: Update<'_>) {
-        let norm = args.grad_norm.as_slice::<T>()[0].to_f64();
-        if !norm.is_finite() {
-            return;
-        }
-        let clip = if args.clip > 0.0 && norm > args.clip { args.clip / norm } else { 1.0 };
+    pub(super) fn prepare<T: Real>(args: Prepare<'_>) {
+        let (loss, norm) = (args.loss.scalar(), args.grad_norm.scalar());
+        let is_taken = loss.is_finite() && T::of(norm * norm).to_f64().is_finite();
+        let [step] = args.step.into_slice::<i64>() else { unreachable!("checked: (1)") };
+        *step += i64::from(is_taken);
+        let lr = args.lr.scalar();
         let [b1, b2] = args.betas;
         // Steps beyond i32 have long lost their correction: both powers are 0.
-        let step = i32::try_from(args.step).unwrap_or(i32::MAX);
-        let step_size = T::of(args.lr / (1.0 - b1.powi(step)));
-        let root_correction = T::of((1.0 - b2.powi(step)).sqrt().recip());
+        let power = i32::try_from(*step).unwrap_or(i32::MAX);
+        let clip = if args.clip > 0.0 && norm > args.clip { args.clip / norm } else { 1.0 };
+        let step_size = lr / (1.0 - b1.powi(power));
+        let root_correction = (1.0 - b2.powi(power)).sqrt().recip();
+        let coefficients =
+            [f64::from(u8::from(is_taken)), clip, step_size, root_correction, lr].map(T::of);
+        args.coefficients.into_slice().copy_from_slice(&coefficients);
+    }
+
+    pub(super) fn update<T: Real>(mut args: Update<'_>) {
+        let &[is_taken, clip, step_size, root_correction, lr] = args.coefficients.as_slice::<T>()
+        else {
+            unreachable!("checked: (COEFFICIENTS)")
+        };
+        if is_taken == T::ZERO {
+            return;
+        }
         // Not as a factor 1 - lr wd on the parameter: f32 rounds that by as much as a small rate decays in a step.
-        let decay = T::of(args.lr * args.weight_decay);
-        let (clip, eps) = (T::of(clip), T::of(args.eps));
-        let (b1, b2, new1, new2) = (T::of(b1), T::of(b2), T::of(1.0 - b1), T::of(1.0 - b2));
-        let param = args.param.into_slice::<T>().par_chunks_mut(PIECE);
+        let (decay, eps) = (lr * T::of(args.weight_decay), T::of(args.eps));
+        let [b1, b2] = args.betas.map(T::of);
+        let [new1, new2] = args.betas.map(|beta| T::of(1.0 - beta));
+        let param = args.param.reborrow().into_slice::<T>().par_chunks_mut(PIECE);
         let exp_avg = args.exp_avg.into_slice::<T>().par_chunks_mut(PIECE);
         let exp_avg_sq = args.exp_avg_sq.into_slice::<T>().par_chunks_mut(PIECE);
         let grad = args.grad.as_slice::<T>().par_chunks(PIECE);
@@ -95,5 +155,15 @@ mod cpu {
                 }
             });
         });
+        if let Some(copy) = args.copy {
+            let copy = copy.into_slice::<bf16>().par_chunks_mut(PIECE);
+            copy.zip(args.param.as_ref().as_slice::<T>().par_chunks(PIECE)).for_each(
+                |(copy, param)| {
+                    for (copy, p) in copy.iter_mut().zip(param) {
+                        *copy = bf16::from_f64(p.to_f64());
+                    }
+                },
+            );
+        }
     }
 }

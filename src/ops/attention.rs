@@ -4,6 +4,7 @@
 //! one head at a time and are never stored: the backward pass forms them again from the row statistic `lse`.
 
 use super::{expect_nonzero, for_real};
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
@@ -44,7 +45,7 @@ const LANES: usize = 32;
 
 /// Bytes of workspace that [`forward`] and [`backward`] need.
 #[must_use]
-pub fn workspace_bytes(dtype: DType, images: usize, tokens: usize) -> usize {
+pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, tokens: usize) -> usize {
     carve_bytes(dtype, LANES.min(images) * 2 * BLOCK.min(tokens) * tokens)
 }
 
@@ -53,9 +54,10 @@ pub fn workspace_bytes(dtype: DType, images: usize, tokens: usize) -> usize {
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -65,9 +67,10 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -81,44 +84,49 @@ struct Dims {
     dtype: DType,
 }
 
-fn dims(op: &'static str, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {
-    let dtype = qkv.expect_real(op, "qkv")?;
-    let [images, tokens, width] = qkv.dims(op, "qkv", "(B, T, 3 D)")?;
+fn dims(call: Call<'_>, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {
+    let dtype = qkv.expect_real(call, "qkv")?;
+    let [images, tokens, width] = qkv.dims(call, "qkv", "(B, T, 3 D)")?;
     let &[_, heads, _] = lse else {
         let expected = "(B, NH, T)".into();
-        return Err(Error::Shape { op, arg: "lse", expected, found: lse.to_vec() });
+        return Err(Error::Shape { op: call.op, arg: "lse", expected, found: lse.to_vec() });
     };
-    expect_nonzero(op, "qkv", qkv.shape())?;
-    expect_nonzero(op, "lse", lse)?;
+    expect_nonzero(call, "qkv", qkv.shape())?;
+    expect_nonzero(call, "lse", lse)?;
     if width % (3 * heads) != 0 {
         let expected = format!("(B, T, 3 D) with D divisible by the {heads} heads of `lse`");
-        return Err(Error::Shape { op, arg: "qkv", expected, found: qkv.shape().to_vec() });
+        return Err(Error::Shape {
+            op: call.op,
+            arg: "qkv",
+            expected,
+            found: qkv.shape().to_vec(),
+        });
     }
     Ok(Dims { images, tokens, heads, head_dim: width / 3 / heads, dtype })
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "attention::forward";
-        let dims = dims(OP, &self.qkv, self.lse.shape())?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "attention::forward", dev };
+        let dims = dims(call, &self.qkv, self.lse.shape())?;
         let Dims { images, tokens, heads, head_dim, dtype } = dims;
-        self.out.expect(OP, "out", dtype, &[images, tokens, heads * head_dim])?;
-        self.lse.expect(OP, "lse", dtype, &[images, heads, tokens])?;
-        expect_workspace(OP, &self.workspace, workspace_bytes(dtype, images, tokens))?;
+        self.out.expect(call, "out", dtype, &[images, tokens, heads * head_dim])?;
+        self.lse.expect(call, "lse", dtype.wide(), &[images, heads, tokens])?;
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, tokens))?;
         Ok(dims)
     }
 }
 
 impl Backward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "attention::backward";
-        let dims = dims(OP, &self.qkv, self.lse.shape())?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "attention::backward", dev };
+        let dims = dims(call, &self.qkv, self.lse.shape())?;
         let Dims { images, tokens, heads, head_dim, dtype } = dims;
-        self.grad_qkv.expect(OP, "grad_qkv", dtype, self.qkv.shape())?;
-        self.grad_out.expect(OP, "grad_out", dtype, &[images, tokens, heads * head_dim])?;
-        self.out.expect(OP, "out", dtype, &[images, tokens, heads * head_dim])?;
-        self.lse.expect(OP, "lse", dtype, &[images, heads, tokens])?;
-        expect_workspace(OP, &self.workspace, workspace_bytes(dtype, images, tokens))?;
+        self.grad_qkv.expect(call, "grad_qkv", dtype, self.qkv.shape())?;
+        self.grad_out.expect(call, "grad_out", dtype, &[images, tokens, heads * head_dim])?;
+        self.out.expect(call, "out", dtype, &[images, tokens, heads * head_dim])?;
+        self.lse.expect(call, "lse", dtype.wide(), &[images, heads, tokens])?;
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, tokens))?;
         Ok(dims)
     }
 }

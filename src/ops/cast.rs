@@ -1,5 +1,6 @@
 //! Casts between f32 and bf16, to nearest, ties to even; NaN stays NaN.
 
+use crate::device::Call;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].
@@ -16,17 +17,23 @@ pub struct Forward<'a> {
 /// # Errors
 /// [`Error::Shape`] unless the shapes agree; [`Error::DType`] unless one is f32 and the other bf16.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    const OP: &str = "cast";
+    let call = Call { op: "cast", dev };
     let to = match args.inp.dtype() {
         DType::F32 => DType::Bf16,
         DType::Bf16 => DType::F32,
         found => {
-            return Err(Error::DType { op: OP, arg: "inp", expected: "F32 or Bf16".into(), found });
+            return Err(Error::DType {
+                op: call.op,
+                arg: "inp",
+                expected: "F32 or Bf16".into(),
+                found,
+            });
         }
     };
-    args.out.expect(OP, "out", to, args.inp.shape())?;
+    args.out.expect(call, "out", to, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => cpu::forward(args),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! GELU in its exact form (Hendrycks and Gimpel 2016, arXiv:1606.08415): `x cdf(x)`, cdf the normal distribution's.
 
 use super::for_real;
+use crate::device::Call;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].
@@ -28,11 +29,12 @@ pub struct Backward<'a> {
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless all tensors agree.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    const OP: &str = "gelu::forward";
-    let dtype: DType = args.inp.expect_real(OP, "inp")?;
-    args.out.expect(OP, "out", dtype, args.inp.shape())?;
+    let call = Call { op: "gelu::forward", dev };
+    let dtype: DType = args.inp.expect_real(call, "inp")?;
+    args.out.expect(call, "out", dtype, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -42,12 +44,13 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
-    const OP: &str = "gelu::backward";
-    let dtype: DType = args.inp.expect_real(OP, "inp")?;
-    args.grad_inp.expect(OP, "grad_inp", dtype, args.inp.shape())?;
-    args.grad_out.expect(OP, "grad_out", dtype, args.inp.shape())?;
+    let call = Call { op: "gelu::backward", dev };
+    let dtype: DType = args.inp.expect_real(call, "inp")?;
+    args.grad_inp.expect(call, "grad_inp", dtype, args.inp.shape())?;
+    args.grad_out.expect(call, "grad_out", dtype, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::backward::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }

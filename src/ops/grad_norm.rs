@@ -1,6 +1,7 @@
 //! L2 norm of all gradients: what is logged, clipped by, and asked whether a step may be taken.
 
 use super::for_real;
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -20,7 +21,7 @@ const PIECE: usize = 65_536;
 
 /// Bytes of workspace for `elems` (N) gradients.
 #[must_use]
-pub fn workspace_bytes(elems: usize) -> usize {
+pub fn workspace_bytes(dev: &Device, elems: usize) -> usize {
     carve_bytes(DType::F64, elems.div_ceil(PIECE))
 }
 
@@ -30,13 +31,14 @@ pub fn workspace_bytes(elems: usize) -> usize {
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
 /// fields say; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    const OP: &str = "grad_norm";
-    let dtype = args.grad.expect_real(OP, "grad")?;
-    let [elems] = args.grad.dims(OP, "grad", "(N)")?;
-    args.norm.expect(OP, "norm", dtype, &[1])?;
-    expect_workspace(OP, &args.workspace, workspace_bytes(elems))?;
+    let call = Call { op: "grad_norm", dev };
+    let dtype = args.grad.expect_real(call, "grad")?;
+    let [elems] = args.grad.dims(call, "grad", "(N)")?;
+    args.norm.expect(call, "norm", dtype, &[1])?;
+    expect_workspace(call, &args.workspace, workspace_bytes(dev, elems))?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }

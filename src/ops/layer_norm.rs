@@ -4,6 +4,7 @@
 //! Choosing tokens serves the decoder's end: only masked patches are predicted, so only they are normalised.
 
 use super::{expect_ids, expect_nonzero, for_real};
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -64,7 +65,7 @@ pub struct Backward<'a> {
 
 /// Bytes of workspace that [`backward`] needs for `images` (B) of width `dim` (D).
 #[must_use]
-pub fn workspace_bytes(dtype: DType, images: usize, dim: usize) -> usize {
+pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, dim: usize) -> usize {
     carve_bytes(dtype, images * 2 * dim)
 }
 
@@ -74,9 +75,10 @@ pub fn workspace_bytes(dtype: DType, images: usize, dim: usize) -> usize {
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
 /// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -86,9 +88,10 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// As [`forward`]; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -102,17 +105,17 @@ struct Dims {
     dtype: DType,
 }
 
-fn dims(op: &'static str, inp: &TensorRef<'_>, select: Option<Select<'_>>) -> Result<Dims> {
-    let dtype = inp.expect_real(op, "inp")?;
-    let [images, tokens, dim] = inp.dims(op, "inp", "(B, T, D)")?;
-    expect_nonzero(op, "inp", &[images, tokens, dim])?;
+fn dims(call: Call<'_>, inp: &TensorRef<'_>, select: Option<Select<'_>>) -> Result<Dims> {
+    let dtype = inp.expect_real(call, "inp")?;
+    let [images, tokens, dim] = inp.dims(call, "inp", "(B, T, D)")?;
+    expect_nonzero(call, "inp", &[images, tokens, dim])?;
     let selected = match select {
         None => tokens,
         Some(Select { ids, prefix }) => {
-            let [_, selected] = ids.dims(op, "select.ids", "(B, M)")?;
-            expect_nonzero(op, "select.ids", &[selected])?;
-            ids.expect(op, "select.ids", DType::I32, &[images, selected])?;
-            expect_ids(op, "select.ids", ids.as_slice(), tokens.saturating_sub(prefix))?;
+            let [_, selected] = ids.dims(call, "select.ids", "(B, M)")?;
+            expect_nonzero(call, "select.ids", &[selected])?;
+            ids.expect(call, "select.ids", DType::I32, &[images, selected])?;
+            expect_ids(call, "select.ids", &ids, tokens.saturating_sub(prefix))?;
             selected
         }
     };
@@ -120,32 +123,32 @@ fn dims(op: &'static str, inp: &TensorRef<'_>, select: Option<Select<'_>>) -> Re
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "layer_norm::forward";
-        let dims = dims(OP, &self.inp, self.select)?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "layer_norm::forward", dev };
+        let dims = dims(call, &self.inp, self.select)?;
         let Dims { images, selected, dim, dtype, .. } = dims;
-        self.out.expect(OP, "out", dtype, &[images, selected, dim])?;
-        self.mean.expect(OP, "mean", dtype, &[images, selected])?;
-        self.rstd.expect(OP, "rstd", dtype, &[images, selected])?;
-        self.weight.expect(OP, "weight", dtype, &[dim])?;
-        self.bias.expect(OP, "bias", dtype, &[dim])?;
+        self.out.expect(call, "out", dtype, &[images, selected, dim])?;
+        self.mean.expect(call, "mean", dtype.wide(), &[images, selected])?;
+        self.rstd.expect(call, "rstd", dtype.wide(), &[images, selected])?;
+        self.weight.expect(call, "weight", dtype, &[dim])?;
+        self.bias.expect(call, "bias", dtype, &[dim])?;
         Ok(dims)
     }
 }
 
 impl Backward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "layer_norm::backward";
-        let dims = dims(OP, &self.inp, self.select)?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "layer_norm::backward", dev };
+        let dims = dims(call, &self.inp, self.select)?;
         let Dims { images, tokens, selected, dim, dtype } = dims;
-        self.grad_inp.expect(OP, "grad_inp", dtype, &[images, tokens, dim])?;
-        self.grad_weight.expect(OP, "grad_weight", dtype, &[dim])?;
-        self.grad_bias.expect(OP, "grad_bias", dtype, &[dim])?;
-        self.grad_out.expect(OP, "grad_out", dtype, &[images, selected, dim])?;
-        self.mean.expect(OP, "mean", dtype, &[images, selected])?;
-        self.rstd.expect(OP, "rstd", dtype, &[images, selected])?;
-        self.weight.expect(OP, "weight", dtype, &[dim])?;
-        expect_workspace(OP, &self.workspace, workspace_bytes(dtype, images, dim))?;
+        self.grad_inp.expect(call, "grad_inp", dtype, &[images, tokens, dim])?;
+        self.grad_weight.expect(call, "grad_weight", dtype.wide(), &[dim])?;
+        self.grad_bias.expect(call, "grad_bias", dtype.wide(), &[dim])?;
+        self.grad_out.expect(call, "grad_out", dtype, &[images, selected, dim])?;
+        self.mean.expect(call, "mean", dtype.wide(), &[images, selected])?;
+        self.rstd.expect(call, "rstd", dtype.wide(), &[images, selected])?;
+        self.weight.expect(call, "weight", dtype, &[dim])?;
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, dim))?;
         Ok(dims)
     }
 }

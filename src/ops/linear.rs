@@ -3,6 +3,8 @@
 //! `out = inp weight^T + bias`, then `gelu(..)` or `residual + ..`.
 
 use super::{expect_nonzero, for_real};
+use crate::device::Call;
+use crate::tensor::expect_workspace;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// What happens to the product and its bias.
@@ -62,6 +64,17 @@ pub struct Backward<'a> {
     pub inp: TensorRef<'a>,
     /// `(N, K)`.
     pub weight: TensorRef<'a>,
+    /// At least [`workspace_bytes`].
+    pub workspace: TensorMut<'a>,
+}
+
+/// Bytes of workspace that [`backward`] needs for `rows` (R) of `outputs` (N) numbers.
+#[must_use]
+pub fn workspace_bytes(dev: &Device, rows: usize, outputs: usize) -> usize {
+    match dev {
+        Device::Cpu(_) => 0,
+        Device::Cuda(_) => launch::workspace_bytes(rows, outputs),
+    }
 }
 
 /// `out = epilogue(inp weight^T + bias)`.
@@ -70,9 +83,10 @@ pub struct Backward<'a> {
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
 /// fields say.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -82,29 +96,26 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
 
 /// Refuses a tensor that is not `rows` rows of the given width, whatever its leading dimensions.
 macro_rules! expect_rows {
-    ($tensor:expr, $op:expr, $arg:expr, $dims:expr, $width:ident) => {
+    ($tensor:expr, $call:expr, $arg:expr, $dims:expr, $width:ident) => {
         let (shape, width) = ($tensor.shape(), $dims.$width);
+        $tensor.expect($call, $arg, $dims.dtype, shape)?;
         if shape.last() != Some(&width) || $tensor.elems() != $dims.rows * width {
             return Err(crate::Error::Shape {
-                op: $op,
+                op: $call.op,
                 arg: $arg,
                 expected: format!("[.., {width}] of {} rows", $dims.rows),
                 found: shape.to_vec(),
             });
-        }
-        if $tensor.dtype() != $dims.dtype {
-            let expected = format!("{:?}", $dims.dtype);
-            let found = $tensor.dtype();
-            return Err(crate::Error::DType { op: $op, arg: $arg, expected, found });
         }
     };
 }
@@ -117,30 +128,30 @@ struct Dims {
     dtype: DType,
 }
 
-fn dims(op: &'static str, inp: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<Dims> {
-    let dtype = inp.expect_real(op, "inp")?;
-    let [outputs, inputs] = weight.dims(op, "weight", "(N, K)")?;
-    weight.expect(op, "weight", dtype, &[outputs, inputs])?;
-    expect_nonzero(op, "weight", weight.shape())?;
-    expect_nonzero(op, "inp", inp.shape())?;
+fn dims(call: Call<'_>, inp: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<Dims> {
+    let dtype = inp.expect_real(call, "inp")?;
+    let [outputs, inputs] = weight.dims(call, "weight", "(N, K)")?;
+    weight.expect(call, "weight", dtype, &[outputs, inputs])?;
+    expect_nonzero(call, "weight", weight.shape())?;
+    expect_nonzero(call, "inp", inp.shape())?;
     let dims = Dims { rows: inp.elems() / inputs, inputs, outputs, dtype };
-    expect_rows!(inp, op, "inp", dims, inputs);
+    expect_rows!(inp, call, "inp", dims, inputs);
     Ok(dims)
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "linear::forward";
-        let dims = dims(OP, &self.inp, &self.weight)?;
-        expect_rows!(self.out, OP, "out", dims, outputs);
-        self.bias.expect(OP, "bias", dims.dtype, &[dims.outputs])?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "linear::forward", dev };
+        let dims = dims(call, &self.inp, &self.weight)?;
+        expect_rows!(self.out, call, "out", dims, outputs);
+        self.bias.expect(call, "bias", dims.dtype, &[dims.outputs])?;
         match &self.epilogue {
             Epilogue::None => {}
             Epilogue::Gelu(pre) => {
-                expect_rows!(pre, OP, "epilogue.pre", dims, outputs);
+                expect_rows!(pre, call, "epilogue.pre", dims, outputs);
             }
             Epilogue::Residual(residual) => {
-                expect_rows!(residual, OP, "epilogue.residual", dims, outputs);
+                expect_rows!(residual, call, "epilogue.residual", dims, outputs);
             }
         }
         Ok(dims)
@@ -148,23 +159,30 @@ impl Forward<'_> {
 }
 
 impl Backward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "linear::backward";
-        let dims = dims(OP, &self.inp, &self.weight)?;
-        expect_rows!(self.grad_out, OP, "grad_out", dims, outputs);
-        self.grad_weight.expect(OP, "grad_weight", dims.dtype, self.weight.shape())?;
-        self.grad_bias.expect(OP, "grad_bias", dims.dtype, &[dims.outputs])?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "linear::backward", dev };
+        let dims = dims(call, &self.inp, &self.weight)?;
+        expect_rows!(self.grad_out, call, "grad_out", dims, outputs);
+        self.grad_weight.expect(call, "grad_weight", dims.dtype.wide(), self.weight.shape())?;
+        self.grad_bias.expect(call, "grad_bias", dims.dtype.wide(), &[dims.outputs])?;
         match &self.grad_inp {
             GradInput::None => {}
             GradInput::Plain(grad) => {
-                expect_rows!(grad, OP, "grad_inp", dims, inputs);
+                expect_rows!(grad, call, "grad_inp", dims, inputs);
             }
             GradInput::Gelu { grad, pre } => {
-                expect_rows!(grad, OP, "grad_inp.grad", dims, inputs);
-                expect_rows!(pre, OP, "grad_inp.pre", dims, inputs);
+                expect_rows!(grad, call, "grad_inp.grad", dims, inputs);
+                expect_rows!(pre, call, "grad_inp.pre", dims, inputs);
             }
         }
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, dims.rows, dims.outputs))?;
         Ok(dims)
+    }
+}
+
+mod launch {
+    pub(super) fn workspace_bytes(_rows: usize, _outputs: usize) -> usize {
+        0
     }
 }
 

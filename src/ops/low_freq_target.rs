@@ -15,6 +15,7 @@
 //! product.
 
 use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
@@ -160,7 +161,7 @@ impl<T: Copy + Default + std::ops::Neg<Output = T>> Table<T> {
 
 /// Bytes of workspace for `images` (B).
 #[must_use]
-pub fn workspace_bytes(dtype: DType, images: usize, filter: &Filter) -> usize {
+pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, filter: &Filter) -> usize {
     carve_bytes(dtype, LANES.min(images) * filter.scratch_elems())
 }
 
@@ -170,24 +171,25 @@ pub fn workspace_bytes(dtype: DType, images: usize, filter: &Filter) -> usize {
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a filter
 /// of another size, or an id outside its bounds; [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dtype = args.check()?;
+    let dtype = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<DType> {
-        const OP: &str = "low_freq_target::forward";
-        let dtype = self.pixels.expect_real(OP, "pixels")?;
-        let [images, _, side, _] = self.pixels.dims(OP, "pixels", "(B, 3, S, S)")?;
-        let [_, masked] = self.ids_masked.dims(OP, "ids_masked", "(B, M)")?;
-        let numbers = patch_numbers(OP, self.patch_size)?;
-        expect_nonzero(OP, "target", &[images, masked, numbers])?;
-        self.pixels.expect(OP, "pixels", dtype, &[images, 3, side, side])?;
-        self.ids_masked.expect(OP, "ids_masked", DType::I32, &[images, masked])?;
-        self.target.expect(OP, "target", dtype, &[images, masked, numbers])?;
+    fn check(&self, dev: &Device) -> Result<DType> {
+        let call = Call { op: "low_freq_target::forward", dev };
+        let dtype = self.pixels.expect_real(call, "pixels")?;
+        let [images, _, side, _] = self.pixels.dims(call, "pixels", "(B, 3, S, S)")?;
+        let [_, masked] = self.ids_masked.dims(call, "ids_masked", "(B, M)")?;
+        let numbers = patch_numbers(call, self.patch_size)?;
+        expect_nonzero(call, "target", &[images, masked, numbers])?;
+        self.pixels.expect(call, "pixels", dtype, &[images, 3, side, side])?;
+        self.ids_masked.expect(call, "ids_masked", DType::I32, &[images, masked])?;
+        self.target.expect(call, "target", dtype.wide(), &[images, masked, numbers])?;
         if self.filter.size != side || side % self.patch_size != 0 {
             let why = format!(
                 "is for {} pixels; `pixels` has {side}, in patches of {}",
@@ -196,9 +198,9 @@ impl Forward<'_> {
             return Err(Error::invalid("low_freq_target: filter", why));
         }
         let grid = side / self.patch_size;
-        expect_ids(OP, "ids_masked", self.ids_masked.as_slice(), grid * grid)?;
-        let needed = workspace_bytes(dtype, images, self.filter);
-        expect_workspace(OP, &self.workspace, needed)?;
+        expect_ids(call, "ids_masked", &self.ids_masked, grid * grid)?;
+        let needed = workspace_bytes(dev, dtype, images, self.filter);
+        expect_workspace(call, &self.workspace, needed)?;
         Ok(dtype)
     }
 }

@@ -5,6 +5,7 @@
 //! masks the same number of patches, so this is the sum over masked patches divided by their number.
 
 use super::{expect_nonzero, for_real};
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -32,7 +33,7 @@ pub struct ForwardBackward<'a> {
 
 /// Bytes of workspace for `patches` (B M).
 #[must_use]
-pub fn workspace_bytes(dtype: DType, patches: usize) -> usize {
+pub fn workspace_bytes(dev: &Device, dtype: DType, patches: usize) -> usize {
     carve_bytes(dtype, patches)
 }
 
@@ -43,14 +44,14 @@ pub fn workspace_bytes(dtype: DType, patches: usize) -> usize {
 /// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number;
 /// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
-    const OP: &str = "masked_mse_loss";
-    let dtype = args.pred.expect_real(OP, "pred")?;
-    let [images, masked, numbers] = args.pred.dims(OP, "pred", "(B, M, E)")?;
-    expect_nonzero(OP, "pred", args.pred.shape())?;
-    args.target.expect(OP, "target", dtype, args.pred.shape())?;
-    args.grad_pred.expect(OP, "grad_pred", dtype, args.pred.shape())?;
-    args.loss.expect(OP, "loss", dtype, &[1])?;
-    expect_workspace(OP, &args.workspace, workspace_bytes(dtype, images * masked))?;
+    let call = Call { op: "masked_mse_loss", dev };
+    let dtype = args.pred.expect_real(call, "pred")?;
+    let [images, masked, numbers] = args.pred.dims(call, "pred", "(B, M, E)")?;
+    expect_nonzero(call, "pred", args.pred.shape())?;
+    args.target.expect(call, "target", dtype.wide(), args.pred.shape())?;
+    args.grad_pred.expect(call, "grad_pred", dtype, args.pred.shape())?;
+    args.loss.expect(call, "loss", dtype.wide(), &[1])?;
+    expect_workspace(call, &args.workspace, workspace_bytes(dev, dtype, images * masked))?;
     if args.norm_pix && numbers < 2 {
         return Err(crate::Error::invalid(
             "masked_mse_loss: norm_pix",
@@ -59,6 +60,7 @@ pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
     }
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward_backward::<T>(args)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }

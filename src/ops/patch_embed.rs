@@ -4,6 +4,7 @@
 //! A convolution whose stride is its kernel's side is this product, so masked patches need none (exact).
 
 use super::{expect_ids, expect_nonzero, for_real};
+use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -47,7 +48,13 @@ pub struct Backward<'a> {
 
 /// Bytes of workspace for `images` (B), `kept` patches of each (K) and width `dim` (D).
 #[must_use]
-pub fn workspace_bytes(dtype: DType, images: usize, kept: usize, dim: usize) -> usize {
+pub fn workspace_bytes(
+    dev: &Device,
+    dtype: DType,
+    images: usize,
+    kept: usize,
+    dim: usize,
+) -> usize {
     carve_bytes(dtype, images * kept * dim)
 }
 
@@ -58,9 +65,10 @@ pub fn workspace_bytes(dtype: DType, images: usize, kept: usize, dim: usize) -> 
 /// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds;
 /// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -70,9 +78,10 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// As [`forward`]; there are no ids.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
-    let dims = args.check()?;
+    let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
+        Device::Cuda(gpu) => return Err(gpu.missing()),
     }
     Ok(())
 }
@@ -87,42 +96,42 @@ struct Dims {
 }
 
 impl Forward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "patch_embed::forward";
-        let dtype = self.patches.expect_real(OP, "patches")?;
-        let [images, kept, inputs] = self.patches.dims(OP, "patches", "(B, K, E)")?;
-        let [dim, _] = self.weight.dims(OP, "weight", "(D, E)")?;
-        let [positions, _] = self.pos_embed.dims(OP, "pos_embed", "(1 + L, D)")?;
-        expect_nonzero(OP, "patches", self.patches.shape())?;
-        expect_nonzero(OP, "weight", self.weight.shape())?;
-        expect_nonzero(OP, "pos_embed", self.pos_embed.shape())?;
-        self.out.expect(OP, "out", dtype, &[images, 1 + kept, dim])?;
-        self.weight.expect(OP, "weight", dtype, &[dim, inputs])?;
-        self.bias.expect(OP, "bias", dtype, &[dim])?;
-        self.cls_token.expect(OP, "cls_token", dtype, &[dim])?;
-        self.pos_embed.expect(OP, "pos_embed", dtype, &[positions, dim])?;
-        self.ids_keep.expect(OP, "ids_keep", DType::I32, &[images, kept])?;
-        expect_ids(OP, "ids_keep", self.ids_keep.as_slice(), positions - 1)?;
-        let needed = workspace_bytes(dtype, images, kept, dim);
-        expect_workspace(OP, &self.workspace, needed)?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "patch_embed::forward", dev };
+        let dtype = self.patches.expect_real(call, "patches")?;
+        let [images, kept, inputs] = self.patches.dims(call, "patches", "(B, K, E)")?;
+        let [dim, _] = self.weight.dims(call, "weight", "(D, E)")?;
+        let [positions, _] = self.pos_embed.dims(call, "pos_embed", "(1 + L, D)")?;
+        expect_nonzero(call, "patches", self.patches.shape())?;
+        expect_nonzero(call, "weight", self.weight.shape())?;
+        expect_nonzero(call, "pos_embed", self.pos_embed.shape())?;
+        self.out.expect(call, "out", dtype, &[images, 1 + kept, dim])?;
+        self.weight.expect(call, "weight", dtype, &[dim, inputs])?;
+        self.bias.expect(call, "bias", dtype, &[dim])?;
+        self.cls_token.expect(call, "cls_token", dtype, &[dim])?;
+        self.pos_embed.expect(call, "pos_embed", dtype, &[positions, dim])?;
+        self.ids_keep.expect(call, "ids_keep", DType::I32, &[images, kept])?;
+        expect_ids(call, "ids_keep", &self.ids_keep, positions - 1)?;
+        let needed = workspace_bytes(dev, dtype, images, kept, dim);
+        expect_workspace(call, &self.workspace, needed)?;
         Ok(Dims { images, kept, inputs, dim, dtype })
     }
 }
 
 impl Backward<'_> {
-    fn check(&self) -> Result<Dims> {
-        const OP: &str = "patch_embed::backward";
-        let dtype = self.patches.expect_real(OP, "patches")?;
-        let [images, kept, inputs] = self.patches.dims(OP, "patches", "(B, K, E)")?;
-        let [dim, _] = self.grad_weight.dims(OP, "grad_weight", "(D, E)")?;
-        expect_nonzero(OP, "patches", self.patches.shape())?;
-        expect_nonzero(OP, "grad_weight", self.grad_weight.shape())?;
-        self.grad_weight.expect(OP, "grad_weight", dtype, &[dim, inputs])?;
-        self.grad_bias.expect(OP, "grad_bias", dtype, &[dim])?;
-        self.grad_cls_token.expect(OP, "grad_cls_token", dtype, &[dim])?;
-        self.grad_out.expect(OP, "grad_out", dtype, &[images, 1 + kept, dim])?;
-        let needed = workspace_bytes(dtype, images, kept, dim);
-        expect_workspace(OP, &self.workspace, needed)?;
+    fn check(&self, dev: &Device) -> Result<Dims> {
+        let call = Call { op: "patch_embed::backward", dev };
+        let dtype = self.patches.expect_real(call, "patches")?;
+        let [images, kept, inputs] = self.patches.dims(call, "patches", "(B, K, E)")?;
+        let [dim, _] = self.grad_weight.dims(call, "grad_weight", "(D, E)")?;
+        expect_nonzero(call, "patches", self.patches.shape())?;
+        expect_nonzero(call, "grad_weight", self.grad_weight.shape())?;
+        self.grad_weight.expect(call, "grad_weight", dtype.wide(), &[dim, inputs])?;
+        self.grad_bias.expect(call, "grad_bias", dtype.wide(), &[dim])?;
+        self.grad_cls_token.expect(call, "grad_cls_token", dtype.wide(), &[dim])?;
+        self.grad_out.expect(call, "grad_out", dtype, &[images, 1 + kept, dim])?;
+        let needed = workspace_bytes(dev, dtype, images, kept, dim);
+        expect_workspace(call, &self.workspace, needed)?;
         Ok(Dims { images, kept, inputs, dim, dtype })
     }
 }

@@ -1,10 +1,12 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
+use super::feed::{Feed, Inputs, Recorded};
+use crate::TensorList;
 use crate::model::activations::Batch;
+use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
-use crate::tensor::TensorList;
 use crate::{Arena, DType, Device, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
@@ -73,18 +75,51 @@ pub struct Trainer {
     pub exp_avg: TensorList,
     /// Second moments, as the weights.
     pub exp_avg_sq: TensorList,
-    /// Updates done: what Adam's bias correction counts.
-    pub updates: u64,
     grads: TensorList,
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
     /// Pixels of the whole crops, and the filter over them, if the target is filtered.
     filtered: Option<(Tensor, Filter)>,
-    loss: Tensor,
-    norm: Tensor,
+    scalars: Scalars,
     workspace: Tensor,
+    /// On a GPU: its copy of the micro-batch, and the step as recorded work.
+    feed: Option<Feed>,
+    micro_work: Recorded,
+    update_work: Recorded,
+    /// What the recorded work was recorded for.
+    micro_batches: usize,
     memory_bytes: usize,
+}
+
+/// Numbers that change from step to step, where the ops read them: on a GPU a step recorded once can then be run again.
+#[derive(Debug)]
+struct Scalars {
+    /// `(1)`.
+    loss: Tensor,
+    /// `(1)`.
+    norm: Tensor,
+    /// `(COEFFICIENTS)`.
+    coefficients: Tensor,
+    /// `(1)` f64.
+    lr: Tensor,
+    /// `(1)` i64: updates done.
+    updates: Tensor,
+    /// `(1)` i64.
+    epoch: Tensor,
+}
+
+impl Scalars {
+    fn new(arena: &mut Arena, wide: DType) -> Self {
+        Self {
+            loss: arena.tensor(wide, &[1]),
+            norm: arena.tensor(wide, &[1]),
+            coefficients: arena.tensor(wide, &[adamw::COEFFICIENTS]),
+            lr: arena.tensor(DType::F64, &[1]),
+            updates: arena.tensor(DType::I64, &[1]),
+            epoch: arena.tensor(DType::I64, &[1]),
+        }
+    }
 }
 
 impl Trainer {
@@ -93,31 +128,34 @@ impl Trainer {
     /// # Errors
     /// As [`MaeConfig::check`] and [`Filter::new`]; [`crate::Error::OutOfMemory`].
     pub fn new(dev: Device, config: MaeConfig, dtype: DType, settings: Settings) -> Result<Self> {
-        let mae = Mae::new(config, dtype, settings.seed)?;
+        let mae = Mae::new(&dev, config, dtype, settings.seed)?;
         let images = settings.micro_batch;
         let masked = config.patches() - settings.kept;
         let batch = Batch { images, kept: settings.kept, predicted: masked };
         let filter = settings.radius.map(|r| Filter::new(config.image_size, r)).transpose()?;
-        let (exp_avg, moment_bytes) = mae.like_weights("first moments")?;
-        let (exp_avg_sq, _) = mae.like_weights("second moments")?;
-        let (grads, _) = mae.like_weights("gradients")?;
-        let ((acts, target, pixels), act_bytes) = Arena::build("activations", |arena| {
+        let (exp_avg, moment_bytes) = mae.like_weights(&dev, "first moments")?;
+        let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
+        let (grads, _) = mae.like_weights(&dev, "gradients")?;
+        // A GPU filters bytes, exactly.
+        let pixel_dtype = if matches!(dev, Device::Cpu(_)) { dtype } else { DType::U8 };
+        let ((acts, target, pixels), act_bytes) = Arena::build(&dev, "activations", |arena| {
             let side = config.image_size;
             let acts = Activations::new(arena, dtype, &config, batch);
-            let target = arena.tensor(dtype, &[images, masked, config.patch_numbers()]);
-            let pixels = filter.as_ref().map(|_| arena.tensor(dtype, &[images, 3, side, side]));
+            let target = arena.tensor(dtype.wide(), &[images, masked, config.patch_numbers()]);
+            let pixels =
+                filter.as_ref().map(|_| arena.tensor(pixel_dtype, &[images, 3, side, side]));
             (acts, target, pixels)
         })?;
-        let mut needed = mae.workspace_bytes(batch).max(grad_norm::workspace_bytes(grads.elems()));
+        let mut needed =
+            mae.workspace_bytes(&dev, batch).max(grad_norm::workspace_bytes(&dev, grads.elems()));
         if let Some(filter) = &filter {
-            needed = needed.max(low_freq_target::workspace_bytes(dtype, images, filter));
+            needed = needed.max(low_freq_target::workspace_bytes(&dev, dtype, images, filter));
         }
-        let ((scratch, loss, norm, workspace), scratch_bytes) =
-            Arena::build("workspace", |arena| {
+        let ((scratch, scalars, workspace), scratch_bytes) =
+            Arena::build(&dev, "workspace", |arena| {
                 (
                     Scratch::new(arena, dtype, &config, batch),
-                    arena.tensor(dtype, &[1]),
-                    arena.tensor(dtype, &[1]),
+                    Scalars::new(arena, dtype.wide()),
                     arena.tensor(DType::U8, &[needed]),
                 )
             })?;
@@ -127,15 +165,17 @@ impl Trainer {
             mae,
             exp_avg,
             exp_avg_sq,
-            updates: 0,
             grads,
             acts,
             scratch,
             target,
             filtered: pixels.zip(filter),
-            loss,
-            norm,
+            scalars,
             workspace,
+            feed: None,
+            micro_work: Recorded::New,
+            update_work: Recorded::New,
+            micro_batches: 0,
             // Weights, gradients and both moments are of one size.
             memory_bytes: 4 * moment_bytes + act_bytes + scratch_bytes,
         })
@@ -153,13 +193,35 @@ impl Trainer {
         &self.dev
     }
 
-    /// Adds the gradient of one of the `micro_batches` of a step.
+    /// Adds the gradient of one of the `micro_batches` of a step. On a GPU it is enqueued, and the batch's memory may be
+    /// reused at once.
     ///
     /// # Errors
     /// Those of the ops, if the batch does not fit the settings.
     pub fn accumulate(&mut self, batch: MicroBatch<'_>, micro_batches: usize) -> Result<()> {
-        let Self { dev, settings, acts, scratch, workspace, .. } = self;
-        let images = settings.micro_batch;
+        self.dev.upload(self.scalars.epoch.view_mut(), &[i64::from(batch.epoch)])?;
+        let Device::Cuda(gpu) = self.dev.clone() else {
+            return self.micro_step(Inputs::on_host(batch)?, micro_batches);
+        };
+        let mut feed = match self.feed.take() {
+            Some(feed) if feed.holds(batch) && self.micro_batches == micro_batches => feed,
+            _ => {
+                self.micro_work = Recorded::New;
+                self.micro_batches = micro_batches;
+                // Photos differ in size: some room, so that a larger batch need not be recorded anew.
+                Feed::new(&self.dev, self.settings.micro_batch, batch.images.len() / 4 * 5)?
+            }
+        };
+        feed.fill(&self.dev, batch, self.mae.config().image_size)?;
+        let mut work = std::mem::take(&mut self.micro_work);
+        let done = work.run(&gpu, || self.micro_step(feed.inputs(), micro_batches));
+        (self.feed, self.micro_work) = (Some(feed), work);
+        done
+    }
+
+    /// Enqueues one micro-batch.
+    fn micro_step(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
+        let Self { dev, settings, acts, scratch, scalars, workspace, .. } = self;
         let patch_size = self.mae.config().patch_size;
         // Which patches the encoder sees.
         random_masking::forward(
@@ -170,8 +232,8 @@ impl Trainer {
                 ids_restore: acts.ids_restore.view_mut(),
                 noise: random_masking::Noise::Drawn {
                     seed: settings.seed,
-                    epoch: batch.epoch,
-                    samples: TensorRef::new(batch.samples, &[images])?,
+                    epoch: scalars.epoch.view(),
+                    samples: inputs.samples,
                 },
                 block: settings.mask_block,
                 workspace: workspace.view_mut(),
@@ -189,8 +251,8 @@ impl Trainer {
                         ids_masked: acts.ids_predicted.view(),
                     },
                 },
-                images: TensorRef::new(batch.images, &[batch.images.len()])?,
-                geometry: TensorRef::new(batch.geometry, &[images, input::GEOMETRY_FIELDS])?,
+                images: inputs.images,
+                geometry: inputs.geometry,
                 ids_keep: acts.ids_keep.view(),
                 mean: settings.mean,
                 std: settings.std,
@@ -217,7 +279,7 @@ impl Trainer {
         masked_mse_loss::forward_backward(
             dev,
             masked_mse_loss::ForwardBackward {
-                loss: self.loss.view_mut(),
+                loss: scalars.loss.view_mut(),
                 grad_pred: scratch.grad_pred.view_mut(),
                 pred: acts.pred.view(),
                 target: self.target.view(),
@@ -235,72 +297,120 @@ impl Trainer {
     /// # Errors
     /// Those of the ops.
     pub fn update(&mut self, lr: f64) -> Result<Outcome> {
-        let Self { dev, settings, grads, norm, .. } = self;
+        self.dev.upload(self.scalars.lr.view_mut(), &[lr])?;
+        match self.dev.clone() {
+            Device::Cuda(gpu) => {
+                let mut work = std::mem::take(&mut self.update_work);
+                let done = work.run(&gpu, || self.enqueue_update());
+                self.update_work = work;
+                done?;
+            }
+            Device::Cpu(_) => self.enqueue_update()?,
+        }
+        let (dev, scalars) = (&self.dev, &self.scalars);
+        Ok(Outcome {
+            loss: dev.scalar(scalars.loss.view())?,
+            grad_norm: dev.scalar(scalars.norm.view())?,
+            updated: dev.scalar(scalars.coefficients.view().split_at(1).0)? != 0.0,
+        })
+    }
+
+    fn enqueue_update(&mut self) -> Result<()> {
+        let Self { dev, settings, grads, scalars, .. } = self;
         grad_norm::forward(
             dev,
             grad_norm::Forward {
-                norm: norm.view_mut(),
+                norm: scalars.norm.view_mut(),
                 grad: grads.flat(),
                 workspace: self.workspace.view_mut(),
             },
         )?;
-        let (loss, grad_norm) = (self.loss.view().scalar(), norm.view().scalar());
-        // A loss overflows before its gradient does; and a gradient whose square does would stay in the second moment.
-        let largest = match self.mae.dtype() {
-            DType::F64 => f64::MAX,
-            _ => f64::from(f32::MAX),
-        };
-        let is_usable = loss.is_finite() && grad_norm * grad_norm <= largest;
-        if !is_usable {
-            return Ok(Outcome { loss, grad_norm, updated: false });
-        }
+        adamw::prepare(
+            dev,
+            adamw::Prepare {
+                coefficients: scalars.coefficients.view_mut(),
+                step: scalars.updates.view_mut(),
+                lr: scalars.lr.view(),
+                loss: scalars.loss.view(),
+                grad_norm: scalars.norm.view(),
+                clip: settings.clip,
+                betas: settings.betas,
+            },
+        )?;
         // Decaying tensors lie before the others.
         let decaying = self.mae.table().decaying(settings.decay_tokens);
         let split = self.mae.weights.offset(decaying);
-        let [param, exp_avg, exp_avg_sq] =
-            [&mut self.mae.weights, &mut self.exp_avg, &mut self.exp_avg_sq]
-                .map(|list| list.flat_mut().split_at(split));
-        let grad = grads.flat().split_at(split);
-        let groups = [
-            (param.0, exp_avg.0, exp_avg_sq.0, grad.0, settings.weight_decay),
-            (param.1, exp_avg.1, exp_avg_sq.1, grad.1, 0.0),
-        ];
-        for (param, exp_avg, exp_avg_sq, grad, weight_decay) in groups {
+        let mut parts = [&mut self.mae.weights, &mut self.exp_avg, &mut self.exp_avg_sq]
+            .map(|list| <[_; 2]>::from(list.flat_mut().split_at(split)))
+            .map(|part| part.into_iter());
+        let copies = match &mut self.mae.rounded {
+            Some(list) => <[_; 2]>::from(list.flat_mut().split_at(split)).map(Some),
+            None => [None, None],
+        };
+        let grads = <[_; 2]>::from(grads.flat().split_at(split));
+        for ((copy, grad), weight_decay) in
+            copies.into_iter().zip(grads).zip([settings.weight_decay, 0.0])
+        {
+            let [param, exp_avg, exp_avg_sq] =
+                parts.each_mut().map(|part| part.next().expect("two groups"));
             adamw::update(
                 dev,
                 adamw::Update {
                     param,
+                    copy,
                     exp_avg,
                     exp_avg_sq,
                     grad,
-                    grad_norm: norm.view(),
-                    clip: settings.clip,
-                    lr,
+                    coefficients: scalars.coefficients.view(),
                     betas: settings.betas,
                     eps: settings.eps,
                     weight_decay,
-                    step: self.updates + 1,
                 },
             )?;
         }
-        self.updates += 1;
-        Ok(Outcome { loss, grad_norm, updated: true })
+        Ok(())
+    }
+
+    /// Updates done: what Adam's bias correction counts.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn updates(&self) -> Result<u64> {
+        Ok(self.dev.download::<i64>(self.scalars.updates.view())?[0].cast_unsigned())
+    }
+
+    /// Goes on from a run that has done this many.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn set_updates(&mut self, updates: u64) -> Result<()> {
+        self.dev.upload(self.scalars.updates.view_mut(), &[updates.cast_signed()])
     }
 
     /// Forgets accumulated gradients and loss: before a step, and when one is given up half-way.
-    pub fn clear(&mut self) {
-        self.grads.flat_mut().clear();
-        self.loss.view_mut().clear();
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn clear(&mut self) -> Result<()> {
+        self.dev.clear(self.grads.flat_mut())?;
+        self.dev.clear(self.scalars.loss.view_mut())
     }
 
     /// Norm of each tensor's accumulated gradient, with its name: to find where a non-finite one came from.
-    #[must_use]
-    pub fn grad_norms(&self) -> Vec<(String, f64)> {
-        let squares = |tensor: TensorRef<'_>| match tensor.dtype() {
-            DType::F64 => tensor.as_slice::<f64>().iter().map(|g| g * g).sum::<f64>(),
-            _ => tensor.as_slice::<f32>().iter().map(|&g| f64::from(g) * f64::from(g)).sum(),
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn grad_norms(&self) -> Result<Vec<(String, f64)>> {
+        let squares = |tensor: TensorRef<'_>| -> Result<f64> {
+            Ok(match tensor.dtype() {
+                DType::F64 => self.dev.read::<f64>(tensor)?.iter().map(|g| g * g).sum(),
+                _ => self.dev.read::<f32>(tensor)?.iter().map(|&g| f64::from(g).powi(2)).sum(),
+            })
         };
         let specs = self.mae.table().specs().iter().enumerate();
-        specs.map(|(i, spec)| (spec.name.clone(), squares(self.grads.view(i)).sqrt())).collect()
+        let norm = |(i, spec): (usize, &Spec)| {
+            Ok((spec.name.clone(), squares(self.grads.view(i))?.sqrt()))
+        };
+        specs.map(norm).collect()
     }
 }

@@ -101,12 +101,12 @@ impl Shown {
         let (patches, kept) = (mae.patches(), config.kept_patches());
         let (patch_size, numbers) = (mae.patch_size, mae.patch_numbers());
         let batch = Batch { images, kept, predicted: patches };
-        let mut needed = trainer.mae.workspace_bytes(batch);
+        let mut needed = trainer.mae.workspace_bytes(dev, batch);
         if let Some(filter) = filter {
-            needed = needed.max(low_freq_target::workspace_bytes(DType::F32, images, filter));
+            needed = needed.max(low_freq_target::workspace_bytes(dev, DType::F32, images, filter));
         }
         let ((mut acts, mut workspace, mut masked, mut pixels, mut target), _) =
-            Arena::build("pictures", |arena| {
+            Arena::build(dev, "pictures", |arena| {
                 (
                     Activations::new(arena, DType::F32, mae, batch),
                     arena.tensor(DType::U8, &[needed]),
@@ -123,7 +123,7 @@ impl Shown {
                 ids_restore: acts.ids_restore.view_mut(),
                 noise: random_masking::Noise::Drawn {
                     seed,
-                    epoch: u32::MAX,
+                    epoch: TensorRef::new(&[i64::from(u32::MAX)], &[1])?,
                     samples: TensorRef::new(&samples, &[images])?,
                 },
                 block: config.method.mask_block,

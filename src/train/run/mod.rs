@@ -357,7 +357,7 @@ impl Run<'_> {
     /// One step: all its micro-batches, then the update. None if a signal came first.
     fn step(&mut self, wait: &mut Duration) -> Result<Option<(Outcome, f64)>> {
         let lr = self.schedule.lr(self.state.step);
-        self.trainer.clear();
+        self.trainer.clear()?;
         let mut samples = Vec::new();
         for _ in 0..self.micro_batches {
             let start = Instant::now();

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::Resume;
+use crate::TensorList;
 use crate::model::params::Spec;
-use crate::tensor::TensorList;
 use crate::train::checkpoint::{
     self, Checkpoint, Contents, NamedTensor, NamedTensorMut, Part, State,
 };
@@ -71,6 +71,7 @@ fn word(choice: impl serde::Serialize) -> String {
 
 fn products(trainer: &Trainer) -> &'static str {
     match trainer.device() {
+        Device::Cuda(_) => "cuda",
         Device::Cpu(Cpu { products: Products::F32 }) => "f32",
         Device::Cpu(Cpu { products: Products::Bf16 }) => "bf16",
     }
@@ -157,7 +158,7 @@ pub(super) fn load(
             products(trainer)
         ));
     }
-    trainer.updates = found.state.step - found.state.skipped;
+    trainer.set_updates(found.state.step - found.state.skipped)?;
     *state = found.state;
     Ok(Some(state.step))
 }
@@ -189,7 +190,7 @@ pub(super) fn dump(
     let folder = dir.join("dump");
     std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     let norms: BTreeMap<_, _> =
-        trainer.grad_norms().into_iter().map(|(name, norm)| (name, norm.to_string())).collect();
+        trainer.grad_norms()?.into_iter().map(|(name, norm)| (name, norm.to_string())).collect();
     let text = serde_json::json!({
         "step": state.step,
         "seed": state.seed,

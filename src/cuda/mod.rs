@@ -1,0 +1,105 @@
+//! Everything that knows CUDA: one [`Gpu`], two drivers beneath it.
+//!
+//! `nvidia` is a real GPU, through the CUDA driver and cublasLt, both loaded at run time. `simt` runs the same kernels
+//! on the host, and checks every access they make: see `docs/executor.md`.
+
+mod driver;
+pub mod kernels;
+#[cfg(pixmim_simt)]
+mod simt;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+pub use driver::{DevPtr, Properties};
+pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
+#[cfg(pixmim_simt)]
+pub use simt::SimtOptions;
+
+use crate::device::Place;
+use crate::{Error, Result};
+
+/// A GPU and its stream: cheap to clone, all clones are one.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    driver: Arc<dyn Driver>,
+    id: u32,
+}
+
+impl Gpu {
+    /// The host executor.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if the CPU lacks AVX2, FMA or F16C, which the executor is compiled for.
+    #[cfg(pixmim_simt)]
+    pub fn simt(options: SimtOptions) -> Result<Self> {
+        Ok(Self::new(Arc::new(simt::Simt::new(options)?)))
+    }
+
+    fn new(driver: Arc<dyn Driver>) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        Self { driver, id: NEXT.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// What it can do.
+    #[must_use]
+    pub fn properties(&self) -> &Properties {
+        self.driver.properties()
+    }
+
+    /// Waits for all work enqueued so far.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] for what went wrong in that work.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize()
+    }
+
+    /// Enqueues a kernel by its name, with the bytes of its parameters: for tests of the executor itself.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] for whatever the kernel did wrong.
+    #[doc(hidden)]
+    pub fn launch_raw(
+        &self,
+        kernel: &'static str,
+        [grid, block, shared_bytes]: [u32; 3],
+        params: &[u8],
+    ) -> Result<()> {
+        self.driver.launch(&Launch { kernel, grid, block, shared_bytes, params })
+    }
+
+    /// Enqueues a kernel of `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory.
+    pub(crate) fn launch<P: bytemuck::Pod>(
+        &self,
+        kernel: &'static str,
+        grid: usize,
+        block: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<()> {
+        let most = self.properties().shared_bytes as usize;
+        let (Ok(grid), true) = (u32::try_from(grid), shared_bytes <= most) else {
+            let why = format!(
+                "needs {grid} blocks with {shared_bytes} bytes of shared memory, of which there are {most}"
+            );
+            return Err(Error::Gpu { action: "launch", why: format!("{kernel} {why}") });
+        };
+        let shared_bytes = shared_bytes as u32;
+        let params = bytemuck::bytes_of(params);
+        self.driver.launch(&Launch { kernel, grid, block, shared_bytes, params })
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        Place::Gpu(self.id)
+    }
+
+    /// Until every op has a kernel.
+    pub(crate) fn missing(&self) -> Error {
+        Error::Gpu { action: "run this op", why: "its kernel is being written".into() }
+    }
+
+    pub(crate) fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+}
