@@ -30,7 +30,7 @@
   static void name##_body(const Params& p);                                                                         \
   extern "C" const simt::Kernel pixmim_kernel_##name = {                                                            \
       #name, __FILE__, sizeof(Params), threads, [](const void* p) { name##_body(*static_cast<const Params*>(p)); }}; \
-  static void name##_body(const Params& p)
+  static void name##_body([[maybe_unused]] const Params& p)
 #endif
 #define HOT_KERNEL KERNEL
 

@@ -70,10 +70,10 @@ Collective& partial(Warp& w, uint32_t mask, uint32_t lane, Op op, Site site) {
   Collective* found = nullptr;
   for (Collective& c : w.part) {
     if (c.arrived && c.mask == mask) return c;
-    if (c.arrived && (c.mask & mask)) fail_mismatch(c, op, site);
+    if (c.arrived & mask) fail_mismatch(c, op, site);
     if (!c.arrived) found = &c;
   }
-  if (w.full.arrived) fail_mismatch(w.full, op, site);
+  if (w.full.arrived & mask) fail_mismatch(w.full, op, site);
   if (!found) fail(site, "%s: more than 4 groups of lanes of one warp at once", op_name(op));
   return *found;
 }

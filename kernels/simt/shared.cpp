@@ -20,6 +20,7 @@ static int64_t write_record(const Sm& m, uint32_t bytes) {
 }
 static uint32_t writer(int64_t w) { return (uint32_t)w >> 2 & 1023; }
 static uint32_t block_time(int64_t record) { return (uint32_t)(record >> 32) & 0x3fffffff; }
+static bool pending(const Sm& m, int64_t w) { return (w & kPending) && block_time(w) >= m.begun; }
 static uint32_t writer_warp_time(int64_t w) { return (uint32_t)w >> 12; }
 static uint32_t lane_record(const Fiber& f) {
   return f.warp->index << 26 | f.warp->clock.now << 6 | (uint32_t)f.lane << 1;
@@ -83,7 +84,7 @@ static bool ordered_after_write(const Sm& m, int64_t w, bool warp_wide) {
 static void check_read(Sm& m, uint32_t unit, bool warp_wide, uint32_t bytes, const char* what, Site site) {
   const int64_t w = m.writes[unit];
   char at[128];
-  if (w & kPending)
+  if (pending(m, w))
     fail(site, "unwaited: %s reads %s, the target of a cp.async that thread %u has not waited for", what,
          place(m, unit * 2, at), writer(w));
   if (block_time(w) < m.begun) fail(site, "uninitialised: %s reads %s, which nothing wrote", what, place(m, unit * 2, at));
@@ -142,7 +143,7 @@ static void check_write(Sm& m, uint32_t unit, uint32_t bytes, const char* what, 
   const Fiber& f = *m.current;
   const int64_t w = m.writes[unit], r = m.reads[unit];
   char at[128];
-  if (w & kPending)
+  if (pending(m, w))
     fail(site, "unwaited: %s writes %s, the target of a cp.async that thread %u has not waited for", what,
          place(m, unit * 2, at), writer(w));
   if (!ordered_after_write(m, w, false) && ((uint32_t)w & bytes))
