@@ -10,8 +10,16 @@ use crate::sources::{self, Source};
 /// Kernels that break the rules on purpose, for the executor's own tests.
 const FAULTS: &str = "tests/executor/faults.cu";
 const FLAGS: [&str; 10] = [
-    "-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi",
-    "-Wno-unknown-pragmas", "-Ikernels",
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-ffp-contract=off",
+    "-mavx2",
+    "-mfma",
+    "-mf16c",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-Ikernels",
 ];
 
 /// Whether the executor can be built for the target: its fibers and its arithmetic are written for x86-64 Linux.
@@ -28,9 +36,11 @@ pub(crate) fn build(kernels: &[Source], out: &Path) -> Result<(), String> {
     let cc = cc.cpp(true).opt_level(2).debug(false);
     let compiler = cc.try_get_compiler().map_err(|error| no_compiler(&error.to_string()))?;
     let version = Command::new(compiler.path()).arg("--version").output();
-    let version = version.map_err(|e| no_compiler(&format!("{}: {e}", compiler.path().display())))?;
+    let version =
+        version.map_err(|e| no_compiler(&format!("{}: {e}", compiler.path().display())))?;
 
-    let faults = Path::new(FAULTS).is_file().then(|| sources::read(Path::new(FAULTS))).transpose()?;
+    let faults =
+        Path::new(FAULTS).is_file().then(|| sources::read(Path::new(FAULTS))).transpose()?;
     let registry = out.join("registry.cpp");
     write_if_changed(&registry, &registry_of(kernels.iter().chain(&faults)))?;
     let mut units = sources::files("kernels/simt", "cpp")?;

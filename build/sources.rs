@@ -85,7 +85,12 @@ fn included(path: &Path) -> Result<Vec<PathBuf>, String> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let names = text(path)?;
     let names = names.lines().filter_map(|line| {
-        line.trim_start().strip_prefix('#')?.trim_start().strip_prefix("include \"")?.split('"').next()
+        line.trim_start()
+            .strip_prefix('#')?
+            .trim_start()
+            .strip_prefix("include \"")?
+            .split('"')
+            .next()
     });
     let find = |name: &str| {
         [folder, Path::new("kernels")].iter().find_map(|f| fs::canonicalize(f.join(name)).ok())
