@@ -7,3 +7,5 @@
 #![cfg(pixmim_simt)]
 
 mod common;
+mod gather_tokens;
+mod restore_tokens;
