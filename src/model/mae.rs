@@ -1,11 +1,12 @@
 //! The masked autoencoder (He et al. 2021, arXiv:2111.06377): forward, then backward, mirrored.
 
 use super::activations::{Activations, Batch, Scratch};
+use super::block::{self, Norm};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
-use super::{MaeConfig, block, pos_embed};
-use crate::ops::{add_positions, cast, layer_norm, linear, patch_embed, restore_tokens};
-use crate::{Arena, DType, Device, Result, Tensor, TensorList, TensorMut, TensorRef};
+use super::{MaeConfig, decoder, pos_embed};
+use crate::ops::{cast, layer_norm, linear, patch_embed};
+use crate::{Arena, DType, Device, Result, Tensor, TensorList};
 
 /// Tokens before the first patch: the class token.
 const PREFIX: usize = 1;
@@ -142,7 +143,7 @@ impl Mae {
         let mut stream = &acts.tokens;
         for (ids, acts) in table.blocks.iter().zip(&mut acts.blocks) {
             block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
-            stream = &acts.out;
+            stream = &acts.after.out;
         }
         layer_norm::forward(
             dev,
@@ -167,55 +168,8 @@ impl Mae {
                 epilogue: linear::Epilogue::None,
             },
         )?;
-        add_positions::forward(
-            dev,
-            add_positions::Forward {
-                out: acts.decoder_rows.view_mut(),
-                inp: acts.embedded.view(),
-                ids_keep: acts.ids_keep.view(),
-                mask_token: w(table.mask_token).reshaped(&[self.config.decoder_dim])?,
-                pos_embed: self.decoder_pos_embed.view(),
-            },
-        )?;
-        let (kept, fill) = decoder_rows(acts.decoder_rows.view(), acts.embedded.shape())?;
-        restore_tokens::forward(
-            dev,
-            restore_tokens::Forward {
-                out: acts.decoder_tokens.view_mut(),
-                inp: kept,
-                fill,
-                ids_restore: acts.ids_restore.view(),
-            },
-        )?;
-        let mut stream = &acts.decoder_tokens;
-        for (ids, acts) in table.decoder_blocks.iter().zip(&mut acts.decoder_blocks) {
-            block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
-            stream = &acts.out;
-        }
-        // Only predicted patches go on: the loss sees no others.
-        layer_norm::forward(
-            dev,
-            layer_norm::Forward {
-                out: acts.decoded.view_mut(),
-                mean: acts.decoded_mean.view_mut(),
-                rstd: acts.decoded_rstd.view_mut(),
-                inp: stream.view(),
-                select: Some(layer_norm::Select { ids: acts.ids_predicted.view(), prefix: PREFIX }),
-                weight: w(table.decoder_norm.weight),
-                bias: w(table.decoder_norm.bias),
-                eps: LAYER_NORM_EPS,
-            },
-        )?;
-        linear::forward(
-            dev,
-            linear::Forward {
-                out: acts.pred.view_mut(),
-                inp: acts.decoded.view(),
-                weight: w(table.decoder_pred.weight),
-                bias: w(table.decoder_pred.bias),
-                epilogue: linear::Epilogue::None,
-            },
-        )
+        let pos_embed = self.decoder_pos_embed.view();
+        decoder::forward(dev, weights, table, pos_embed, acts, workspace)
     }
 
     /// From `scratch.grad_pred` to the gradients of all weights, which accumulate into `grads`.
@@ -232,109 +186,37 @@ impl Mae {
     ) -> Result<()> {
         let (table, weights) = (&self.table, self.computed());
         let w = |index: usize| weights.view(index);
-        let Scratch { grad_pred, grad_decoded, decoder, grad_decoder_rows, encoder } = scratch;
-        // decoder_pred.
-        let ids = table.decoder_pred;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        linear::backward(
-            dev,
-            linear::Backward {
-                grad_inp: linear::GradInput::Plain(grad_decoded.view_mut()),
-                grad_weight,
-                grad_bias,
-                grad_out: grad_pred.view(),
-                inp: acts.decoded.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
-            },
+        let mut pass = block::Backward { dev, weights, grads, workspace };
+        pass.decoder(table, acts, scratch)?;
+        let Scratch { rows, encoder, .. } = scratch;
+        let (grad_embedded, _) = rows
+            .grad_stream
+            .view()
+            .split_at(acts.embedded.view().elems() / self.config.decoder_dim);
+        pass.linear(
+            table.decoder_embed,
+            acts.latent.view(),
+            grad_embedded,
+            linear::GradInput::Plain(encoder.grad_branch.view_mut()),
         )?;
-        // decoder_norm of the predicted patches: the other tokens' gradient is zero.
-        dev.clear(decoder.grad_stream.view_mut())?;
-        let ids = table.decoder_norm;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        layer_norm::backward(
-            dev,
-            layer_norm::Backward {
-                grad_inp: decoder.grad_stream.view_mut(),
-                grad_weight,
-                grad_bias,
-                grad_out: grad_decoded.view(),
-                inp: last(&acts.decoder_blocks, &acts.decoder_tokens).view(),
-                select: Some(layer_norm::Select { ids: acts.ids_predicted.view(), prefix: PREFIX }),
-                mean: acts.decoded_mean.view(),
-                rstd: acts.decoded_rstd.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
-            },
-        )?;
-        for (l, ids) in table.decoder_blocks.iter().enumerate().rev() {
-            let inp = last(&acts.decoder_blocks[..l], &acts.decoder_tokens).view();
-            let acts = &acts.decoder_blocks[l];
-            block::backward(dev, weights, grads, ids, inp, acts, decoder, workspace)?;
-        }
-        // restore_tokens.
-        let embedded = acts.embedded.shape();
-        let (grad_kept, grad_fill) = decoder_rows_mut(grad_decoder_rows.view_mut(), embedded)?;
-        restore_tokens::backward(
-            dev,
-            restore_tokens::Backward {
-                grad_inp: grad_kept,
-                grad_fill,
-                grad_out: decoder.grad_stream.view(),
-                ids_restore: acts.ids_restore.view(),
-            },
-        )?;
-        // add_positions: what reaches a kept row is the gradient of the embedded token as it is.
-        let (grad_embedded, grad_fill) = decoder_rows(grad_decoder_rows.view(), embedded)?;
-        let [grad_mask_token] = grads.views_mut([table.mask_token]);
-        add_positions::backward(
-            dev,
-            add_positions::Backward {
-                grad_mask_token: grad_mask_token.reshaped(&[self.config.decoder_dim])?,
-                grad_fill,
-            },
-        )?;
-        // decoder_embed.
-        let ids = table.decoder_embed;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        linear::backward(
-            dev,
-            linear::Backward {
-                grad_inp: linear::GradInput::Plain(encoder.grad_branch.view_mut()),
-                grad_weight,
-                grad_bias,
-                grad_out: grad_embedded,
-                inp: acts.latent.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
-            },
-        )?;
-        // norm.
         dev.clear(encoder.grad_stream.view_mut())?;
-        let ids = table.norm;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        layer_norm::backward(
-            dev,
-            layer_norm::Backward {
-                grad_inp: encoder.grad_stream.view_mut(),
-                grad_weight,
-                grad_bias,
-                grad_out: encoder.grad_branch.view(),
-                inp: last(&acts.blocks, &acts.tokens).view(),
-                select: None,
+        pass.norm(
+            table.norm,
+            Norm {
+                inp: decoder::stream(&acts.blocks, &acts.tokens).view(),
                 mean: acts.latent_mean.view(),
                 rstd: acts.latent_rstd.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
             },
+            encoder.grad_branch.view(),
+            encoder.grad_stream.view_mut(),
         )?;
         for (l, ids) in table.blocks.iter().enumerate().rev() {
-            let inp = last(&acts.blocks[..l], &acts.tokens).view();
-            let acts = &acts.blocks[l];
-            block::backward(dev, weights, grads, ids, inp, acts, encoder, workspace)?;
+            let inp = decoder::stream(&acts.blocks[..l], &acts.tokens).view();
+            pass.block(ids, inp, &acts.blocks[l], encoder)?;
         }
         // patch_embed.
         let (ids, dim) = (table.patch_embed, self.config.dim);
+        let block::Backward { grads, workspace, .. } = pass;
         let [grad_weight, grad_bias, grad_cls_token] =
             grads.views_mut([ids.weight, ids.bias, table.cls_token]);
         patch_embed::backward(
@@ -349,29 +231,4 @@ impl Mae {
             },
         )
     }
-}
-
-/// The residual stream after the last of `blocks`, or before the first.
-fn last<'a>(blocks: &'a [super::activations::BlockActivations], tokens: &'a Tensor) -> &'a Tensor {
-    blocks.last().map_or(tokens, |block| &block.out)
-}
-
-/// Of rows as [`add_positions`] lays them out, those of the kept tokens, shaped `(B, 1 + K, Dd)`, and those of the mask
-/// token, `(L, Dd)`.
-fn decoder_rows<'a>(rows: TensorRef<'a>, kept: &[usize]) -> Result<(TensorRef<'a>, TensorRef<'a>)> {
-    let (elems, dim) = (rows.elems(), rows.shape()[1]);
-    let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
-    let patches = last.elems() / dim;
-    Ok((first.reshaped(kept)?, last.reshaped(&[patches, dim])?))
-}
-
-/// As [`decoder_rows`].
-fn decoder_rows_mut<'a>(
-    rows: TensorMut<'a>,
-    kept: &[usize],
-) -> Result<(TensorMut<'a>, TensorMut<'a>)> {
-    let (elems, dim) = (rows.elems(), rows.shape()[1]);
-    let (first, last) = rows.reshaped(&[elems])?.split_at(kept.iter().product());
-    let patches = last.elems() / dim;
-    Ok((first.reshaped(kept)?, last.reshaped(&[patches, dim])?))
 }
