@@ -20,7 +20,7 @@ fn main() -> Result<()> {
 
     // The disc of radius 6 holds frequencies up to 6: the tables are made once, the op allocates nothing.
     let filter = Filter::new(SIDE, 6.0)?;
-    let bytes = low_freq_target::workspace_bytes(DType::F64, 1, &filter);
+    let bytes = low_freq_target::workspace_bytes(&Device::cpu(), DType::F64, 1, &filter);
     let (mut target, mut workspace) = (vec![0.0f64; 3 * SIDE * SIDE], vec![0u8; bytes]);
     low_freq_target::forward(
         &Device::cpu(),

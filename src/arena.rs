@@ -97,7 +97,8 @@ impl Memory {
             Device::Cpu(_) => Self::host(bytes, what),
             Device::Cuda(gpu) => {
                 let bytes = bytes.max(1);
-                let ptr = std::ptr::without_provenance_mut(gpu.driver().alloc(bytes, what)?.0 as usize);
+                let ptr =
+                    std::ptr::without_provenance_mut(gpu.driver().alloc(bytes, what)?.0 as usize);
                 Ok(Self { ptr, bytes, place: gpu.place(), owner: Owner::Gpu(gpu.clone()) })
             }
         }
@@ -304,6 +305,16 @@ impl Tensor {
         Ok(Self { memory: Arc::new(memory), offset: 0, shape, dtype })
     }
 
+    /// A tensor that holds a copy of these numbers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless the shape has as many elements; [`Error::OutOfMemory`]; [`Error::Gpu`].
+    pub fn holding<T: Element>(dev: &Device, values: &[T], shape: &[usize]) -> Result<Self> {
+        let mut tensor = Self::new(dev, T::DTYPE, shape)?;
+        dev.upload(tensor.view_mut(), values)?;
+        Ok(tensor)
+    }
+
     /// A stand-in during the counting pass: no elements, so that touching it cannot reach past its memory.
     fn counted(dtype: DType) -> Self {
         let memory = Memory::host(0, "counting").expect("128 bytes can be had");
@@ -334,7 +345,8 @@ mod tests {
     #[test]
     fn a_list_is_one_vector_of_its_tensors() {
         let shapes = [Shape::from(&[3, 5][..]), Shape::from(&[2][..])];
-        let (mut list, _) = Arena::build(&Device::cpu(), "test", |arena| arena.list(DType::F32, &shapes)).unwrap();
+        let (mut list, _) =
+            Arena::build(&Device::cpu(), "test", |arena| arena.list(DType::F32, &shapes)).unwrap();
         let [b, a] = list.views_mut([1, 0]);
         a.into_slice::<f32>().fill(1.0);
         b.into_slice::<f32>().fill(2.0);

@@ -38,7 +38,9 @@ pub enum Error {
         found: DType,
     },
     /// A tensor is in another memory than the op's device. The caller of the op fixes this.
-    #[error("{op}: `{arg}` is in {found:?} memory, the op runs on {expected:?}; copy it there first")]
+    #[error(
+        "{op}: `{arg}` is in {found:?} memory, the op runs on {expected:?}; copy it there first"
+    )]
     Place {
         /// Operation that refused the tensor.
         op: &'static str,

@@ -15,7 +15,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         let masked = w.config.patches() - w.kept();
         let mut target = zeros(DType::F32, &[w.images, masked, w.config.patch_numbers()]);
         let pixels = random(&[w.images, 3, side, side]);
-        let workspace = low_freq_target::workspace_bytes(DType::F32, w.images, &filter);
+        let workspace =
+            low_freq_target::workspace_bytes(&Device::cpu(), DType::F32, w.images, &filter);
         let mut workspace = zeros(DType::U8, &[workspace]);
         // n kept frequencies an axis: rows to two parts, columns and back on stacked parts, rows back from four.
         let n = (0..side).filter(|&f| ((f as f64 + 0.5).powi(2) + 0.25) <= w.radius().powi(2));

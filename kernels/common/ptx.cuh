@@ -152,6 +152,15 @@ DEV float div_rn(float a, float b) {
   return a / b;
 #endif
 }
+DEV float rcp(float x) {  // 1 / x to 1 ulp
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
 DEV uint32_t mul_hi(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
   return __umulhi(a, b);

@@ -86,7 +86,7 @@ pub(crate) struct Matmul {
 }
 
 /// Launches, copies and products recorded once, to be run again as they are.
-pub(crate) trait Graph: Send {
+pub(crate) trait Graph: Send + Sync {
     /// Enqueues everything recorded.
     ///
     /// # Errors
@@ -98,6 +98,12 @@ pub(crate) trait Graph: Send {
 pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// What it can do.
     fn properties(&self) -> &Properties;
+
+    /// Bytes of memory that nobody has taken.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu).
+    fn available_bytes(&self) -> Result<u64>;
 
     /// Memory of `bytes`, aligned to 256 on a GPU and to 16 on the host executor. What it holds is undefined. `what` names
     /// it in messages.

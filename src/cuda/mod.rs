@@ -4,14 +4,15 @@
 //! on the host, and checks every access they make: see `docs/executor.md`.
 
 mod driver;
+pub mod kernels;
 #[cfg(pixmim_simt)]
 mod simt;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
 pub use driver::{DevPtr, Properties};
+pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
 #[cfg(pixmim_simt)]
 pub use simt::SimtOptions;
 

@@ -4,7 +4,328 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::Mutex;
 
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 
 use super::driver::{DevPtr, Driver, Graph, Launch, Matmul, Matrix, Properties};
 use crate::cpu::gemm::{Mat, MatMut, matmul};
+use crate::dtype::Element;
 use crate::{DType, Error, Products, Result};
+
+/// How the host executor runs kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SimtOptions {
+    /// 0: blocks, warps and lanes take turns in a fixed order; else in a random one that this seed decides. A kernel
+    /// without races gives the same bits under every seed.
+    pub seed: u32,
+    /// Threads that run blocks; 0: one for each core.
+    pub threads: u32,
+    /// 1: every access to shared and global memory is checked for races and for reads of what nothing wrote; 0: not.
+    pub checks: u32,
+}
+
+impl Default for SimtOptions {
+    fn default() -> Self {
+        Self { seed: 0, threads: 0, checks: 1 }
+    }
+}
+
+#[expect(unsafe_code, reason = "kernels/simt/api.h")]
+mod api {
+    use super::*;
+
+    unsafe extern "C" {
+        pub(super) fn pixmim_simt_launch(
+            kernel: *const c_char,
+            params: *const c_void,
+            params_bytes: usize,
+            grid: u32,
+            block: u32,
+            shared_bytes: u32,
+            options: *const SimtOptions,
+            text: *mut c_char,
+            text_bytes: usize,
+        ) -> c_int;
+        pub(super) fn pixmim_simt_alloc(
+            bytes: usize,
+            name: *const c_char,
+            front: c_int,
+        ) -> *mut c_void;
+        pub(super) fn pixmim_simt_free(memory: *mut c_void);
+        pub(super) fn pixmim_simt_wrote(memory: *mut c_void, bytes: usize);
+        pub(super) fn pixmim_simt_reads(
+            memory: *const c_void,
+            bytes: usize,
+            text: *mut c_char,
+            text_bytes: usize,
+        ) -> c_int;
+    }
+}
+
+/// The host executor.
+#[derive(Debug)]
+pub(super) struct Simt {
+    options: SimtOptions,
+    properties: Properties,
+    /// What is recorded while capturing.
+    recording: Mutex<Option<Vec<Command>>>,
+}
+
+/// Work that can be recorded and run again.
+#[derive(Clone, Debug)]
+enum Command {
+    Launch { kernel: &'static str, grid: u32, block: u32, shared_bytes: u32, params: Vec<u8> },
+    Matmul(Matmul),
+    Copy { dst: DevPtr, src: DevPtr, bytes: usize },
+    Clear { dst: DevPtr, bytes: usize },
+}
+
+/// Bytes of a message from the executor.
+const TEXT_BYTES: usize = 2048;
+
+/// The message in a buffer that the executor filled.
+fn message(text: &[u8; TEXT_BYTES]) -> String {
+    CStr::from_bytes_until_nul(text)
+        .map_or_else(|_| "unknown".into(), |text| text.to_string_lossy().into_owned())
+}
+
+impl Simt {
+    pub(super) fn new(options: SimtOptions) -> Result<Self> {
+        let able = std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c");
+        if !able {
+            return Err(Error::NoDevice {
+                asked: "simt".into(),
+                why: "the host executor needs a CPU with AVX2, FMA and F16C; use --device cpu"
+                    .into(),
+            });
+        }
+        let properties = Properties {
+            name: "host executor".into(),
+            multiprocessors: 4,
+            // That of an H200.
+            shared_bytes: 232_448,
+            memory_bytes: u64::MAX,
+        };
+        Ok(Self { options, properties, recording: Mutex::new(None) })
+    }
+
+    /// Runs a command, or records it.
+    fn enqueue(&self, command: Command) -> Result<()> {
+        let mut recording = self.recording.lock().unwrap_or_else(|poison| poison.into_inner());
+        match &mut *recording {
+            Some(commands) => {
+                commands.push(command);
+                Ok(())
+            }
+            None => {
+                drop(recording);
+                run(&command, self.options)
+            }
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "device addresses are addresses of this process")]
+fn run(command: &Command, options: SimtOptions) -> Result<()> {
+    match command {
+        Command::Launch { kernel, grid, block, shared_bytes, params } => {
+            let name = CString::new(*kernel).expect("a kernel's name has no zero byte");
+            let mut text = [0; TEXT_BYTES];
+            // SAFETY: all pointers lead to as many bytes as are said, and the executor keeps none. What the kernel reads
+            // and writes is checked by the executor against its own buffers.
+            let failed = unsafe {
+                api::pixmim_simt_launch(
+                    name.as_ptr(),
+                    params.as_ptr().cast(),
+                    params.len(),
+                    *grid,
+                    *block,
+                    *shared_bytes,
+                    &options,
+                    text.as_mut_ptr().cast(),
+                    TEXT_BYTES,
+                )
+            };
+            if failed != 0 {
+                return Err(Error::Kernel { kernel, why: message(&text) });
+            }
+            Ok(())
+        }
+        Command::Matmul(matmul) => multiply(matmul),
+        Command::Copy { dst, src, bytes } => {
+            let (from, into) = (read::<u8>(*src, *bytes)?, write::<u8>(*dst, *bytes)?);
+            into.copy_from_slice(from);
+            Ok(())
+        }
+        Command::Clear { dst, bytes } => {
+            write::<u8>(*dst, *bytes)?.fill(0);
+            Ok(())
+        }
+    }
+}
+
+/// Elements that a command reads.
+#[expect(unsafe_code, reason = "device addresses are addresses of this process")]
+fn read<'a, T: Element>(at: DevPtr, elems: usize) -> Result<&'a [T]> {
+    let (ptr, mut text) = (at.0 as *const T, [0; TEXT_BYTES]);
+    // SAFETY: the executor only compares the range with its buffers, and writes no more than `text` holds.
+    let failed = unsafe {
+        let bytes = elems * size_of::<T>();
+        api::pixmim_simt_reads(ptr.cast(), bytes, text.as_mut_ptr().cast(), TEXT_BYTES)
+    };
+    if failed != 0 || !ptr.is_aligned() {
+        return Err(Error::Gpu { action: "read memory", why: message(&text) });
+    }
+    // SAFETY: the range lies inside one buffer of the executor, was written, and is aligned, as was just asked. Ops hand
+    // out disjoint views, so nobody writes it during a command; a command's slices do not outlive it.
+    Ok(unsafe { std::slice::from_raw_parts(ptr, elems) })
+}
+
+/// Elements that a command overwrites, or updates if it has read them.
+#[expect(unsafe_code, reason = "device addresses are addresses of this process")]
+fn write<'a, T: Element>(at: DevPtr, elems: usize) -> Result<&'a mut [T]> {
+    let ptr = at.0 as *mut T;
+    // SAFETY: the executor marks the range in its buffers; a range outside of them it ignores, and `read` refuses below.
+    unsafe { api::pixmim_simt_wrote(ptr.cast(), elems * size_of::<T>()) };
+    read::<T>(at, elems)?;
+    // SAFETY: as in `read`; and the op that enqueued the command borrowed the tensor exclusively.
+    Ok(unsafe { std::slice::from_raw_parts_mut(ptr, elems) })
+}
+
+/// The elements of matrix `index` of a batch, widened, without gaps.
+fn widened(matrix: &Matrix, index: usize, rows: usize, cols: usize) -> Result<Vec<f32>> {
+    let start = matrix.ptr.offset(index * matrix.batch_stride * matrix.dtype.size_bytes());
+    let mut dense = Vec::with_capacity(rows * cols);
+    for row in 0..rows {
+        let at = start.offset(row * matrix.row_stride * matrix.dtype.size_bytes());
+        match matrix.dtype {
+            DType::Bf16 => dense.extend(read::<bf16>(at, cols)?.iter().map(|x| x.to_f32())),
+            _ => dense.extend_from_slice(read::<f32>(at, cols)?),
+        }
+    }
+    Ok(dense)
+}
+
+fn multiply(product: &Matmul) -> Result<()> {
+    let Matmul { m, n, k, batch, a, b, out, bias, add } = *product;
+    let bias =
+        bias.map(|ptr| widened(&Matrix { ptr, row_stride: n, batch_stride: 0, ..out }, 0, 1, n));
+    let bias = bias.transpose()?;
+    for index in 0..batch {
+        let (a_rows, a_cols) = if a.transposed { (k, m) } else { (m, k) };
+        let (b_rows, b_cols) = if b.transposed { (n, k) } else { (k, n) };
+        let (lhs, rhs) = (widened(&a, index, a_rows, a_cols)?, widened(&b, index, b_rows, b_cols)?);
+        let (lhs, rhs) = (Mat::new(&lhs, a_rows, a_cols), Mat::new(&rhs, b_rows, b_cols));
+        let lhs = if a.transposed { lhs.t() } else { lhs };
+        let rhs = if b.transposed { rhs.t() } else { rhs };
+        let mut sums = match add {
+            Some(ptr) => widened(&Matrix { ptr, ..out }, index, m, n)?,
+            None => vec![0.0; m * n],
+        };
+        matmul(MatMut::new(&mut sums, m, n), lhs, rhs, true, Products::F32);
+        if let Some(bias) = &bias {
+            for row in sums.chunks_exact_mut(n) {
+                row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+            }
+        }
+        let start = out.ptr.offset(index * out.batch_stride * out.dtype.size_bytes());
+        for (row, sums) in sums.chunks_exact(n).enumerate() {
+            let at = start.offset(row * out.row_stride * out.dtype.size_bytes());
+            match out.dtype {
+                DType::Bf16 => write::<bf16>(at, n)?.convert_from_f32_slice(sums),
+                _ => write::<f32>(at, n)?.copy_from_slice(sums),
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Driver for Simt {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn available_bytes(&self) -> Result<u64> {
+        Ok(self.properties.memory_bytes)
+    }
+
+    #[expect(unsafe_code, reason = "the executor's own allocator")]
+    fn alloc(&self, bytes: usize, what: &'static str) -> Result<DevPtr> {
+        let name = CString::new(what).expect("an arena's name has no zero byte");
+        // SAFETY: the name is a C string; the executor copies it.
+        let memory = unsafe { api::pixmim_simt_alloc(bytes, name.as_ptr(), 0) };
+        if memory.is_null() {
+            return Err(Error::OutOfMemory { what, bytes });
+        }
+        Ok(DevPtr(memory.expose_provenance() as u64))
+    }
+
+    #[expect(unsafe_code, reason = "the executor's own allocator")]
+    fn free(&self, memory: DevPtr) {
+        // SAFETY: the address came from `alloc` and is given back once, by the arena that owned it; no command runs
+        // beside, as commands run to their end.
+        unsafe { api::pixmim_simt_free(memory.0 as *mut c_void) }
+    }
+
+    fn upload(&self, dst: DevPtr, src: &[u8]) -> Result<()> {
+        write::<u8>(dst, src.len())?.copy_from_slice(src);
+        Ok(())
+    }
+
+    fn download(&self, dst: &mut [u8], src: DevPtr) -> Result<()> {
+        dst.copy_from_slice(read::<u8>(src, dst.len())?);
+        Ok(())
+    }
+
+    fn copy(&self, dst: DevPtr, src: DevPtr, bytes: usize) -> Result<()> {
+        self.enqueue(Command::Copy { dst, src, bytes })
+    }
+
+    fn clear(&self, dst: DevPtr, bytes: usize) -> Result<()> {
+        self.enqueue(Command::Clear { dst, bytes })
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let Launch { kernel, grid, block, shared_bytes, params } = *launch;
+        let params = params.to_vec();
+        self.enqueue(Command::Launch { kernel, grid, block, shared_bytes, params })
+    }
+
+    fn matmul(&self, matmul: &Matmul) -> Result<()> {
+        self.enqueue(Command::Matmul(*matmul))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        let mut recording = self.recording.lock().unwrap_or_else(|poison| poison.into_inner());
+        *recording = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Box<dyn Graph>> {
+        let mut recording = self.recording.lock().unwrap_or_else(|poison| poison.into_inner());
+        let commands = recording.take().ok_or_else(|| Error::Gpu {
+            action: "end a recording",
+            why: "none was begun".into(),
+        })?;
+        Ok(Box::new(Recording { commands, options: self.options }))
+    }
+}
+
+/// What was recorded, to be run again.
+#[derive(Debug)]
+struct Recording {
+    commands: Vec<Command>,
+    options: SimtOptions,
+}
+
+impl Graph for Recording {
+    fn replay(&self) -> Result<()> {
+        self.commands.iter().try_for_each(|command| run(command, self.options))
+    }
+}

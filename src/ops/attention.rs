@@ -4,8 +4,8 @@
 //! one head at a time and are never stored: the backward pass forms them again from the row statistic `lse`.
 
 use super::{expect_nonzero, for_real};
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].
@@ -95,7 +95,12 @@ fn dims(call: Call<'_>, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {
     expect_nonzero(call, "lse", lse)?;
     if width % (3 * heads) != 0 {
         let expected = format!("(B, T, 3 D) with D divisible by the {heads} heads of `lse`");
-        return Err(Error::Shape { op: call.op, arg: "qkv", expected, found: qkv.shape().to_vec() });
+        return Err(Error::Shape {
+            op: call.op,
+            arg: "qkv",
+            expected,
+            found: qkv.shape().to_vec(),
+        });
     }
     Ok(Dims { images, tokens, heads, head_dim: width / 3 / heads, dtype })
 }

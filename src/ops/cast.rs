@@ -22,7 +22,12 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
         DType::F32 => DType::Bf16,
         DType::Bf16 => DType::F32,
         found => {
-            return Err(Error::DType { op: call.op, arg: "inp", expected: "F32 or Bf16".into(), found });
+            return Err(Error::DType {
+                op: call.op,
+                arg: "inp",
+                expected: "F32 or Bf16".into(),
+                found,
+            });
         }
     };
     args.out.expect(call, "out", to, args.inp.shape())?;

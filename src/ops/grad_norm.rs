@@ -1,8 +1,8 @@
 //! L2 norm of all gradients: what is logged, clipped by, and asked whether a step may be taken.
 
 use super::for_real;
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].

@@ -4,8 +4,8 @@
 //! Choosing tokens serves the decoder's end: only masked patches are predicted, so only they are normalised.
 
 use super::{expect_ids, expect_nonzero, for_real};
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// The tokens that are normalised: in image `b`, token `prefix + ids[b][m]` makes row `m` of the output.

@@ -3,8 +3,8 @@
 //! `out = inp weight^T + bias`, then `gelu(..)` or `residual + ..`.
 
 use super::{expect_nonzero, for_real};
-use crate::tensor::expect_workspace;
 use crate::device::Call;
+use crate::tensor::expect_workspace;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// What happens to the product and its bias.

@@ -15,8 +15,8 @@
 //! product.
 
 use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// The filter of one size and radius: its frequencies and their tables, made once.

@@ -5,8 +5,8 @@
 //! masks the same number of patches, so this is the sum over masked patches divided by their number.
 
 use super::{expect_nonzero, for_real};
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// Added to a target patch's variance.

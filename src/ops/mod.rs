@@ -14,7 +14,9 @@
 //! | [`linear`] | product, bias, GELU, residual | input (times GELU'), weight, bias |
 //! | [`gelu`] | stand-alone GELU | input |
 //! | [`attention`] | packed queries, keys, values to mixed values | queries, keys, values |
-//! | [`restore_tokens`] | kept tokens and mask tokens to decoder tokens | kept tokens, mask token |
+//! | [`add_positions`] | kept tokens and mask tokens to rows with positions | mask token |
+//! | [`restore_tokens`] | kept and mask rows to decoder tokens | kept rows, mask rows |
+//! | [`gather_tokens`] | decoder tokens to the masked ones | decoder tokens |
 //! | [`masked_mse_loss`] | loss and its gradient in one pass | |
 //! | [`grad_norm`] | L2 norm of all gradients | |
 //! | [`adamw`] | one update of all parameters | |
@@ -28,8 +30,10 @@
 //! Gradients of parameters accumulate, of activations overwrite, of the residual stream accumulate.
 
 pub mod adamw;
+pub mod add_positions;
 pub mod attention;
 pub mod cast;
+pub mod gather_tokens;
 pub mod gelu;
 pub mod grad_norm;
 pub mod input;
@@ -69,6 +73,17 @@ fn expect_nonzero(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::
     Ok(())
 }
 
+/// Refuses rows that a GPU could not read 16 bytes at a time in every dtype.
+fn expect_vectors(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::Result<()> {
+    match (call.dev, shape.last()) {
+        (crate::Device::Cuda(_), Some(width)) if !width.is_multiple_of(8) => {
+            let expected = "a last dimension that is a multiple of 8: a GPU takes no other".into();
+            Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Numbers of an RGB patch (E = 3 P P). A side whose square overflows is refused: it would pass for a small one.
 fn patch_numbers(call: Call<'_>, patch_size: usize) -> crate::Result<usize> {
     patch_size.checked_mul(patch_size).and_then(|n| n.checked_mul(3)).ok_or_else(|| {
@@ -81,7 +96,12 @@ fn patch_numbers(call: Call<'_>, patch_size: usize) -> crate::Result<usize> {
 
 /// Refuses ids outside `0..bound`. On a GPU nobody looks: reading them back would stop the stream, so a kernel trusts the
 /// ids it is given, as [`random_masking`] makes them.
-fn expect_ids(call: Call<'_>, arg: &str, ids: &crate::TensorRef<'_>, bound: usize) -> crate::Result<()> {
+fn expect_ids(
+    call: Call<'_>,
+    arg: &str,
+    ids: &crate::TensorRef<'_>,
+    bound: usize,
+) -> crate::Result<()> {
     if ids.place() != crate::Place::Host {
         return Ok(());
     }

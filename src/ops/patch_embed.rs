@@ -4,8 +4,8 @@
 //! A convolution whose stride is its kernel's side is this product, so masked patches need none (exact).
 
 use super::{expect_ids, expect_nonzero, for_real};
-use crate::tensor::{carve_bytes, expect_workspace};
 use crate::device::Call;
+use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].
@@ -48,7 +48,13 @@ pub struct Backward<'a> {
 
 /// Bytes of workspace for `images` (B), `kept` patches of each (K) and width `dim` (D).
 #[must_use]
-pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, kept: usize, dim: usize) -> usize {
+pub fn workspace_bytes(
+    dev: &Device,
+    dtype: DType,
+    images: usize,
+    kept: usize,
+    dim: usize,
+) -> usize {
     carve_bytes(dtype, images * kept * dim)
 }
 

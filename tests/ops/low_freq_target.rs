@@ -24,7 +24,7 @@ fn targets<T: Real>(
     let images = pixels.len() / (3 * side * side);
     let masked = ids.len() / images;
     let mut target = Guarded::poisoned(&[images, masked, 3 * patch * patch]);
-    let mut work = workspace(workspace_bytes(T::DTYPE, images, filter));
+    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, filter));
     let args = Forward {
         target: target.view(),
         pixels: view(pixels, &[images, 3, side, side]),
@@ -342,7 +342,7 @@ fn what_does_not_fit_is_refused() {
         real("target", &[2, 3, 12]),
         real("pixels", &[2, 3, 6, 6]),
         arg("ids_masked", DType::I32, &[2, 3]).holding(&[0, 8, 4, 2, 3, 1]),
-        workspace_arg(workspace_bytes(DType::F32, 2, &filter)),
+        workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, &filter)),
     ];
     let with_patch = |patch_size: usize| {
         let filter = &filter;
