@@ -452,6 +452,8 @@ template <class P> DEV void back(const LowFreqTarget& p) {
   inverse_rows<P, 1>(p, image, columns, tile % P::TILES, side, cosines, sines, cosines + K::STAGES, cosines + K::PLACES);
 }
 
+static_assert(Image<Plan224>::BYTES == 216128 && Forth<Plan448>::BYTES == 189440 && Back<Plan448>::BYTES == 218112,
+              "as in src/ops/low_freq_target/launch.rs");
 }  // namespace low_freq_target
 
 HOT_KERNEL(low_freq_target_224, LowFreqTarget, 384, 1) { low_freq_target::image<low_freq_target::Plan224>(p); }
