@@ -3,8 +3,14 @@
 //! `nvidia` is a real GPU, through the CUDA driver and cublasLt, both loaded at run time. `simt` runs the same kernels
 //! on the host, and checks every access they make: see `docs/executor.md`.
 
+#[cfg(feature = "cuda")]
+mod cublaslt;
 mod driver;
 pub mod kernels;
+#[cfg(feature = "cuda")]
+mod nvidia;
+#[cfg(feature = "cuda")]
+pub mod probe;
 #[cfg(pixmim_simt)]
 mod simt;
 
@@ -34,6 +40,16 @@ impl Gpu {
     #[cfg(pixmim_simt)]
     pub fn simt(options: SimtOptions) -> Result<Self> {
         Ok(Self::new(Arc::new(simt::Simt::new(options)?)))
+    }
+
+    /// The NVIDIA GPU of this ordinal.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] with what [`probe`](probe::probe) says; [`Error::Gpu`] or [`Error::OutOfMemory`] if it cannot
+    /// be opened.
+    #[cfg(feature = "cuda")]
+    pub fn nvidia(ordinal: usize) -> Result<Self> {
+        Ok(Self::new(Arc::new(nvidia::Nvidia::new(ordinal)?)))
     }
 
     fn new(driver: Arc<dyn Driver>) -> Self {

@@ -175,21 +175,6 @@ impl Forward<'_> {
     }
 }
 
-/// Refuses crops of `side` pixels that do not lie in their images' `bytes`. [`forward`] does so on the CPU; on a GPU its
-/// kernel trusts the rows.
-///
-/// # Errors
-/// [`Error::Invalid`] naming the image.
-pub fn check_geometry(rows: &[Geometry], bytes: usize, side: usize) -> Result<()> {
-    match rows.iter().position(|row| !row.fits(bytes as i64, side as i64)) {
-        None => Ok(()),
-        Some(image) => {
-            let why = format!("of image {image} does not fit: {:?} in {bytes} bytes", rows[image]);
-            Err(Error::invalid("input::forward: geometry", why))
-        }
-    }
-}
-
 impl Geometry {
     /// Whether image and crop lie where one reflection reaches.
     fn fits(&self, bytes: i64, side: i64) -> bool {
