@@ -52,6 +52,16 @@ impl Gpu {
         Ok(Self::new(Arc::new(nvidia::Nvidia::new(ordinal)?)))
     }
 
+    /// No GPU: this build leaves CUDA out.
+    ///
+    /// # Errors
+    /// Always [`Error::NoDevice`].
+    #[cfg(not(feature = "cuda"))]
+    pub fn nvidia(_ordinal: usize) -> Result<Self> {
+        let why = "this build leaves CUDA out; build with feature `cuda`, or use --device cpu";
+        Err(Error::NoDevice { asked: "cuda".into(), why: why.into() })
+    }
+
     fn new(driver: Arc<dyn Driver>) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         Self { driver, id: NEXT.fetch_add(1, Ordering::Relaxed) }

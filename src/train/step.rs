@@ -122,6 +122,13 @@ impl Scalars {
     }
 }
 
+fn pixel_dtype(dev: &Device, dtype: DType) -> DType {
+    match dev {
+        Device::Cpu(_) => dtype,
+        Device::Cuda(_) => DType::U8,
+    }
+}
+
 impl Trainer {
     /// Plans and allocates everything a run needs.
     ///
@@ -137,8 +144,7 @@ impl Trainer {
         let (exp_avg, moment_bytes) = mae.like_weights(&dev, "first moments")?;
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
-        // A GPU filters bytes, exactly.
-        let pixel_dtype = if matches!(dev, Device::Cpu(_)) { dtype } else { DType::U8 };
+        let pixel_dtype = pixel_dtype(&dev, dtype);
         let ((acts, target, pixels), act_bytes) = Arena::build(&dev, "activations", |arena| {
             let side = config.image_size;
             let acts = Activations::new(arena, dtype, &config, batch);
@@ -199,6 +205,12 @@ impl Trainer {
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.dev
+    }
+
+    /// What [`input`] writes for the filter: a GPU filters bytes, exactly.
+    #[must_use]
+    pub fn pixel_dtype(&self) -> DType {
+        pixel_dtype(&self.dev, self.mae.dtype())
     }
 
     /// Adds the gradient of one of the `micro_batches` of a step. On a GPU it is enqueued, and the batch's memory may be
