@@ -92,10 +92,9 @@ void fail_width(int width, Site site) { fail(site, "shuffle of width %d: a power
 
 void do_ldmatrix(Sm& m, Warp& w, int matrices, bool trans, Site site) {
   alignas(64) uint16_t in[4][8][8];  // [matrix][row][column]
-  for (int lane = 0; lane < 8 * matrices; lane++) {
+  for (int lane = 0; lane < 8 * matrices; lane++)
     memcpy(in[lane / 8][lane % 8], shared_at(w.address[lane], 16, "ldmatrix", site), 16);
-    if (m.checks) shared_read_row(m, w.address[lane], site);
-  }
+  if (m.checks) shared_read_rows(m, w.address, 8 * matrices, site);
   for (int i = 0; i < matrices; i++) {
     if (!trans) {  // lane t holds row t/4, columns 2(t%4) and 2(t%4)+1: the matrix as it lies
       memcpy(w.r[i], in[i], sizeof in[i]);

@@ -72,8 +72,10 @@ static bool inside(const Buffer* b, const void* p, size_t bytes) {
 void describe_global(const void* p, char* text, size_t bytes) {
   const uint8_t* q = static_cast<const uint8_t*>(p);
   const Buffer* b = buffer_at(p);
-  if (!b) b = buffer_at(q - kGranule);  // in the guard after a buffer
-  if (!b) b = buffer_at(q + kGranule);  // in the guard before one
+  if (!b) {  // in a guard: the nearer neighbour
+    const Buffer *before = buffer_at(q - kGranule), *after = buffer_at(q + kGranule);
+    b = !after || (before && q - before->hi < after->lo - q) ? before : after;
+  }
   if (!p)
     snprintf(text, bytes, "the null pointer");
   else if (!b)
@@ -170,10 +172,10 @@ template <int kBytes> void global_read(const void* p, const char* what, Site sit
 template <int kBytes> void global_write(void* p, Site site) {
   Sm& m = *sm;
   const size_t at = checked_offset<kBytes>(p, "store", site);
-  if (!m.checks) return;
   const uint16_t mask = (uint16_t)(((1u << kBytes) - 1) << at % 16);
   std::atomic<uint16_t>& written = memory.written[at / 16];
   if ((written.load(std::memory_order_relaxed) & mask) != mask) written.fetch_or(mask, std::memory_order_relaxed);
+  if (!m.checks) return;
   std::atomic<uint64_t>* log = memory.log + at / 2;
   const uint32_t bytes = kBytes == 1 ? 1 + (uint32_t)(at & 1) : 3;
   for (int i = 0; i < (kBytes < 2 ? 1 : kBytes / 2); i++) {

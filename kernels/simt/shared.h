@@ -34,8 +34,8 @@ SIMT_INLINE uint8_t* shared_at(uint32_t address, uint32_t bytes, const char* wha
 // Checks and notes an access of 1, 2, 4, 8 or 16 bytes by the current thread.
 template <int kBytes> void shared_read(uint32_t address, Site site);
 template <int kBytes> void shared_write(uint32_t address, Site site);
-// ldmatrix: all lanes of the warp read 16 bytes.
-void shared_read_row(Sm& m, uint32_t address, Site site);
+// ldmatrix: all lanes of the warp read rows of 16 bytes.
+void shared_read_rows(Sm& m, const uint32_t* addresses, int rows, Site site);
 
 inline uint32_t dynamic_shared() { return kDynamic; }
 uint32_t static_shared(const void* key, const char* name, uint32_t bytes);

@@ -103,7 +103,8 @@ KERNEL(fault_cp_async_past_the_end, FaultParams, 128, 1) {
 
 KERNEL(fault_shared_read_past_the_end, FaultParams, 128, 1) {
   sts<float>(word(threadIdx.x), 1.f);
-  lds<float>(word(threadIdx.x + 1));  // one thread's word past the last
+  __syncthreads();
+  lds<float>(word(threadIdx.x + 1));
 }
 KERNEL(fault_shared_store_past_the_end, FaultParams, 128, 1) { sts<float>(word(threadIdx.x + 1), 1.f); }
 KERNEL(fault_shared_store_before_the_start, FaultParams, 128, 1) { sts<float>(word(threadIdx.x) - 4, 1.f); }
