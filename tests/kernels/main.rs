@@ -6,4 +6,8 @@
 #![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
 #![cfg(pixmim_simt)]
 
+mod cast;
 mod common;
+mod gelu;
+mod layer_norm;
+mod linear;
