@@ -30,6 +30,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
             });
         }
     };
+    args.inp.expect(call, "inp", args.inp.dtype(), args.inp.shape())?;
     args.out.expect(call, "out", to, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => cpu::forward(args),

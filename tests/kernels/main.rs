@@ -7,10 +7,14 @@
 #![cfg(pixmim_simt)]
 
 mod adamw;
+mod cast;
 mod common;
 mod gather_tokens;
+mod gelu;
 mod grad_norm;
 mod input;
+mod layer_norm;
+mod linear;
 mod masked_mse_loss;
 mod random_masking;
 mod restore_tokens;

@@ -107,21 +107,24 @@ struct AddPartials {
 }
 const _: () = assert!(size_of::<AddPartials>() == 32 && offset_of!(AddPartials, columns) == 28);
 
-/// Rows of a slab, and slabs. A function of the shape alone, and so is the order of the sums: as many blocks as an H200
-/// holds at once, four on each of its 132 multiprocessors, unless that leaves a warp less than one turn of four rows.
+/// Blocks that an H200 holds at once: four on each of its 132 multiprocessors.
+const BLOCKS: usize = 132 * 4;
+/// Columns of a block in bf16.
+const STRIPE: usize = 256;
+/// Rows that a block reads before it adds: four in each of its eight warps.
+const LEAST_ROWS: usize = 32;
+
+/// Rows of a slab, and slabs. A function of the shape alone, on every GPU, and so is the order of the sums.
 fn slabs(rows: usize, columns: usize) -> (usize, usize) {
-    const BLOCKS: usize = 132 * 4;
-    /// Columns of a block, in bf16.
-    const STRIPE: usize = 256;
-    const WARPS: usize = 8;
     let most = (BLOCKS / columns.div_ceil(STRIPE)).max(1);
-    let slab_rows = rows.div_ceil(most).max(4 * WARPS).next_multiple_of(WARPS);
+    let slab_rows = rows.div_ceil(most).max(LEAST_ROWS);
     (slab_rows, rows.div_ceil(slab_rows))
 }
 
-/// Bytes of workspace that [`add_column_sums`] needs.
+/// Bytes of workspace that [`add_column_sums`] needs, or a few more: fewer rows or columns never need more.
 pub(in crate::ops) fn workspace_bytes(rows: usize, columns: usize) -> usize {
-    carve_bytes(DType::F32, slabs(rows, columns).1 * columns)
+    let most = (rows.div_ceil(LEAST_ROWS) * columns).min((BLOCKS * STRIPE).max(columns));
+    carve_bytes(DType::F32, most)
 }
 
 /// `sums (N) += ` the sum of the rows of `inp`, seen as `(R, N)`: sums in f32, `inp` f32 or bf16, N a multiple of 8.
