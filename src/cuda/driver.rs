@@ -86,7 +86,7 @@ pub(crate) struct Matmul {
 }
 
 /// Launches, copies and products recorded once, to be run again as they are.
-pub(crate) trait Graph: Send + Sync {
+pub(crate) trait Graph: Send {
     /// Enqueues everything recorded.
     ///
     /// # Errors

@@ -118,11 +118,15 @@ fn dims(call: Call<'_>, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {
     if let Device::Cuda(_) = call.dev {
         // What the kernels are built for.
         if !head_dim.is_multiple_of(8) || head_dim > 128 {
-            let why = format!("is {head_dim} numbers wide; on a GPU take a multiple of 8 up to 128, or run on the CPU");
+            let why = format!(
+                "is {head_dim} numbers wide; on a GPU take a multiple of 8 up to 128, or run on the CPU"
+            );
             return Err(Error::invalid(format!("{}: a head of qkv", call.op), why));
         }
         if tokens > 1024 || tokens * width > i32::MAX as usize {
-            let why = format!("holds {tokens} tokens of {width} numbers; on a GPU take at most 1024 tokens, or run on the CPU");
+            let why = format!(
+                "holds {tokens} tokens of {width} numbers; on a GPU take at most 1024 tokens, or run on the CPU"
+            );
             return Err(Error::invalid(format!("{}: an image of qkv", call.op), why));
         }
     }
@@ -136,7 +140,11 @@ impl Forward<'_> {
         let Dims { images, tokens, heads, head_dim, dtype } = dims;
         self.out.expect(call, "out", dtype, &[images, tokens, heads * head_dim])?;
         self.lse.expect(call, "lse", dtype.wide(), &[images, heads, tokens])?;
-        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, tokens, heads))?;
+        expect_workspace(
+            call,
+            &self.workspace,
+            workspace_bytes(dev, dtype, images, tokens, heads),
+        )?;
         Ok(dims)
     }
 }
@@ -150,7 +158,11 @@ impl Backward<'_> {
         self.grad_out.expect(call, "grad_out", dtype, &[images, tokens, heads * head_dim])?;
         self.out.expect(call, "out", dtype, &[images, tokens, heads * head_dim])?;
         self.lse.expect(call, "lse", dtype.wide(), &[images, heads, tokens])?;
-        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, tokens, heads))?;
+        expect_workspace(
+            call,
+            &self.workspace,
+            workspace_bytes(dev, dtype, images, tokens, heads),
+        )?;
         Ok(dims)
     }
 }

@@ -1,6 +1,7 @@
 //! The batch and the recorded work of a step on a GPU.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use super::step::MicroBatch;
 use crate::cuda::{Gpu, Graph};
@@ -81,7 +82,7 @@ pub(super) enum Recorded {
     /// Run once.
     Warm,
     /// Recorded.
-    Graph(Box<dyn Graph>),
+    Graph(Mutex<Box<dyn Graph>>),
 }
 
 impl fmt::Debug for Recorded {
@@ -110,10 +111,10 @@ impl Recorded {
                 enqueued?;
                 let graph = graph?;
                 graph.replay()?;
-                *self = Self::Graph(graph);
+                *self = Self::Graph(Mutex::new(graph));
                 Ok(())
             }
-            Self::Graph(graph) => graph.replay(),
+            Self::Graph(graph) => graph.get_mut().unwrap_or_else(PoisonError::into_inner).replay(),
         }
     }
 }

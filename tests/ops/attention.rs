@@ -51,7 +51,8 @@ impl Size {
 fn attend<T: Real>(size: Size, qkv: &[T]) -> [Vec<T>; 2] {
     let mut out = Guarded::poisoned(&size.out());
     let mut lse = Guarded::poisoned(&size.lse());
-    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, size.images, size.tokens, size.heads));
+    let mut work =
+        workspace(workspace_bytes(&cpu(), T::DTYPE, size.images, size.tokens, size.heads));
     let args = Forward {
         out: out.view(),
         lse: lse.view(),
@@ -66,7 +67,8 @@ fn attend<T: Real>(size: Size, qkv: &[T]) -> [Vec<T>; 2] {
 fn grad<T: Real>(size: Size, qkv: &[T], grad_out: &[T]) -> Vec<T> {
     let [out, lse] = attend(size, qkv);
     let mut grad_qkv = Guarded::poisoned(&size.qkv());
-    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, size.images, size.tokens, size.heads));
+    let mut work =
+        workspace(workspace_bytes(&cpu(), T::DTYPE, size.images, size.tokens, size.heads));
     let args = Backward {
         grad_qkv: grad_qkv.view(),
         grad_out: view(grad_out, &size.out()),

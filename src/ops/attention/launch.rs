@@ -152,7 +152,8 @@ struct Plan {
     backward: [Option<Kernel>; 2],
 }
 
-fn plan(gpu: &Gpu, dims: Dims) -> Plan {
+/// The kernels for a size, on a GPU whose blocks have this much shared memory.
+fn plan(shared_bytes: u32, dims: Dims) -> Plan {
     let Dims { tokens, head_dim, dtype, .. } = dims;
     if dtype == DType::F32 {
         // A warp to a row; so many numbers for each token of the other side.
@@ -180,7 +181,7 @@ fn plan(gpu: &Gpu, dims: Dims) -> Plan {
         shared_bytes: tile(owned * 64 * tiles + 4 * STEP, width) + sums * size_of::<f32>(),
     };
     let (queries, keys) = (if width <= 64 { 2 } else { 1 }, if width <= 32 { 2 } else { 1 });
-    let fits = |k: &Kernel| k.shared_bytes <= gpu.properties().shared_bytes as usize;
+    let fits = |k: &Kernel| k.shared_bytes <= shared_bytes as usize;
     let whole = WHOLE.iter().find(|w| (w.tokens, w.head_dim) == (tokens, head_dim));
     let forward = whole.map(|w| w.forward).filter(fits);
     let backward = whole.map(|w| w.backward).filter(fits);
@@ -211,11 +212,12 @@ pub(super) fn forward(gpu: &Gpu, args: &Forward<'_>, dims: Dims) -> Result<()> {
         head_dim: dims.head_dim as i32,
         scale: scale(dims),
     };
-    plan(gpu, dims).forward.launch(gpu, dims, &params)
+    plan(gpu.properties().shared_bytes, dims).forward.launch(gpu, dims, &params)
 }
 
 pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> {
-    let (delta, _) = args.workspace.carve_tensor(DType::F32, dims.images * dims.heads * dims.tokens);
+    let (delta, _) =
+        args.workspace.carve_tensor(DType::F32, dims.images * dims.heads * dims.tokens);
     let params = BackwardParams {
         grad_qkv: args.grad_qkv.dev_ptr(),
         grad_out: args.grad_out.dev_ptr(),
@@ -228,6 +230,45 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
         head_dim: dims.head_dim as i32,
         scale: scale(dims),
     };
-    let kernels = plan(gpu, dims).backward;
+    let kernels = plan(gpu.properties().shared_bytes, dims).backward;
     kernels.iter().flatten().try_for_each(|kernel| kernel.launch(gpu, dims, &params))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory of a block on compute capability 8.9, 8.0, 9.0.
+    const SHARED: [u32; 3] = [101_376, 166_912, 232_448];
+
+    fn dims(tokens: usize, head_dim: usize) -> Dims {
+        Dims { images: 1, tokens, heads: 1, head_dim, dtype: DType::Bf16 }
+    }
+
+    #[test]
+    fn every_size_fits_on_every_gpu() {
+        for shared_bytes in SHARED {
+            for tokens in (1..=1024).step_by(31).chain(WHOLE.map(|w| w.tokens)) {
+                for head_dim in (8..=128).step_by(8) {
+                    for dtype in [DType::F32, DType::Bf16] {
+                        let Plan { forward, backward } =
+                            plan(shared_bytes, Dims { dtype, ..dims(tokens, head_dim) });
+                        for kernel in [Some(forward)].iter().chain(&backward).flatten() {
+                            let fits = kernel.shared_bytes <= shared_bytes as usize;
+                            assert!(fits, "{} for {tokens} x {head_dim}", kernel.name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn heads_are_kept_whole_where_they_fit() {
+        let whole = SHARED.map(|shared_bytes| {
+            WHOLE.map(|w| plan(shared_bytes, dims(w.tokens, w.head_dim)).backward[1].is_none())
+        });
+        let small = [true, true, false, false, false];
+        assert_eq!(whole, [small, [true, true, true, false, true], [true; 5]]);
+    }
 }
