@@ -10,21 +10,9 @@
 // not read, and dS^T takes the place of the values, which have been turned into operands by then.
 // long: warps walk through the queries, 16 at a time; delta comes from `out` as the rows are loaded. After every CHUNK
 // tiles of queries the block turns their dS^T into dQ and uses its memory again.
-#include "attention/common.cuh"
+#include "attention/backward.cuh"
 
 namespace attention {
-
-constexpr float UNREACHED = 1e30f;  // lse of a padded query: its weights are 2^-1e30 = 0
-
-// A warp stores 16 rows of a part of grad_qkv through its rows of a tile. The head is found anew: its addresses would
-// take registers all the way from the loads to here.
-template <int COLS>
-DEV void store_part(const BackwardParams<bf16>& p, int part, Tile<COLS> tile, int row, const float (&acc)[COLS / 8][4],
-                    float scale, int rows) {
-  const Head head(p, blockIdx.x);
-  store_rows(tile, row, acc, scale, scale, head.part(p.grad_qkv, part) + row * head.qkv_stride(), head.qkv_stride(),
-             rows - row, COLS);
-}
 
 template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) {
   constexpr int ROWS = round_up(T, 16), WARPS = ROWS / 16, LIVE = ceil_div(T, 8);
@@ -32,7 +20,7 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
   const Tile<HD> q{dynamic_shared()}, k{q.base + Tile<HD>::bytes(ROWS)}, v{k.base + Tile<HD>::bytes(ROWS)};
   const Tile<HD> g{v.base + Tile<HD>::bytes(ROWS)}, ds{v.base};
   const uint32_t lse = g.base + Tile<HD>::bytes(ROWS), partial = lse + ROWS * 4;
-  const Head head(p, blockIdx.x);
+  const Head head(p, blockIdx.x, T, HD);
   const int stride = head.qkv_stride();
   load_rows<WARPS * 32, ROWS>(k, head.part(p.qkv, 1), stride, T, HD);
   load_rows<WARPS * 32, ROWS>(q, head.part(p.qkv, 0), stride, T, HD);
@@ -121,8 +109,8 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
       mma_bf16_x2(dk[2 * c], dk[2 * c + 1], dsf[n], f);
     }
   __syncthreads();  // all dS^T are written; queries and grad_out are no longer read
-  store_part(p, 2, g, warp * 16, dv, 1.f, T);
-  store_part(p, 1, g, warp * 16, dk, p.scale, T);
+  store_part(Head(p, blockIdx.x, T, HD), 2, p.grad_qkv, warp * 16, g, warp * 16, dv, 1.f);
+  store_part(Head(p, blockIdx.x, T, HD), 1, p.grad_qkv, warp * 16, g, warp * 16, dk, p.scale);
   float dq[HD / 8][4] = {};
 #pragma unroll
   for (int n = 0; n < ROWS / 16; n++) {
@@ -135,125 +123,48 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
       mma_bf16_x2(dq[2 * c], dq[2 * c + 1], a, kf);
     }
   }
-  store_part(p, 0, q, warp * 16, dq, p.scale, T);
+  store_part(Head(p, blockIdx.x, T, HD), 0, p.grad_qkv, warp * 16, q, warp * 16, dq, p.scale);
 }
 
-// Copies rows of grad_out into a tile and writes their delta = sum(grad_out * out). A row's chunks lie with neighbouring
-// lanes of one warp.
-template <int THREADS, int ROWS, int COLS>
-DEV void load_grad_out(Tile<COLS> tile, uint32_t delta, const BackwardParams<bf16>& p, const Head& head, int rows) {
-  constexpr int CHUNKS = Tile<COLS>::CHUNKS;
-  static_assert(32 % CHUNKS == 0 && ROWS * CHUNKS % 32 == 0, "whole rows, whole warps");
-  for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-    const int r = i / CHUNKS, c = i % CHUNKS;
-    Vec<bf16, 8> g{}, o{};
-    if (r < rows) {
-      g = load_vec<8>(head.rows(p.grad_out), r * head.out_stride() + c * 8);
-      o = load_vec<8>(head.rows(p.out), r * head.out_stride() + c * 8);
-    }
-    sts(tile.at(r, c), g);
-    float sum = 0.f;
-#pragma unroll
-    for (int e = 0; e < 8; e++) sum = fma3(to_f32(g[e]), to_f32(o[e]), sum);
-#pragma unroll
-    for (int step = CHUNKS / 2; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-    if (c == 0) sts(delta + r * 4, sum);
-  }
-}
-
-// acc += KT operands of 16 keys times f, 16 queries by chunks 2 c and 2 c + 1. The operands are kept, or read again.
-template <bool KEEP, int KT, int HD>
-DEV void products(float (&acc)[KT][2][4], Tile<HD> tile, int first, const uint32_t (&kept)[KT][HD / 16][4],
-                  int c, const uint32_t (&f)[4]) {
-#pragma unroll
-  for (int i = 0; i < KT; i++) {
-    if constexpr (KEEP) {
-      mma_bf16_x2(acc[i][0], acc[i][1], kept[i][c], f);
-    } else {
-      uint32_t a[4];
-      tile.a(a, first + i * 16, c * 2);
-      mma_bf16_x2(acc[i][0], acc[i][1], a, f);
-    }
-  }
-}
-
-// A warp owns KT tiles of 16 keys. KEEP: their operands stay in registers, else they are read again for every 16 queries.
+// A warp owns KT tiles of 16 keys.
 template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP> DEV void backward_long(const BackwardParams<bf16>& p) {
   constexpr int ROWS = round_up(T, 16), TILES = ROWS / 16, KEYS = WARPS * KT * 16;
-  static_assert(KEYS >= ROWS && KEYS - ROWS < KT * 16, "each warp has keys");
+  static_assert(KEYS >= ROWS && KEYS - ROWS < KT * 16, "each warp has keys, the last one perhaps a tile of padding");
   const Tile<HD> q{dynamic_shared()}, g{q.base + Tile<HD>::bytes(ROWS)}, k{g.base + Tile<HD>::bytes(ROWS)};
   const Tile<HD> v{k.base + Tile<HD>::bytes(KEYS)};
   const Tile<CHUNK * 16> ds{v.base + Tile<HD>::bytes(KEYS)};
   const uint32_t lse = ds.base + Tile<CHUNK * 16>::bytes(KEYS), delta = lse + ROWS * 4;
-  const Head head(p, blockIdx.x);
-  const int stride = head.qkv_stride();
-  load_rows<WARPS * 32, ROWS>(q, head.part(p.qkv, 0), stride, T, HD);
-  load_rows<WARPS * 32, KEYS>(k, head.part(p.qkv, 1), stride, T, HD);
-  load_rows<WARPS * 32, KEYS>(v, head.part(p.qkv, 2), stride, T, HD);
-  cp_async_commit();
-  for (int i = threadIdx.x; i < ROWS; i += WARPS * 32)
-    sts(lse + i * 4, i < T ? load(head.statistic(p.lse), i) * LOG2E : UNREACHED);
-  load_grad_out<WARPS * 32, ROWS>(g, delta, p, head, T);
+  {
+    const Head head(p, blockIdx.x, T, HD);
+    // Heads are found anew wherever they are needed: kept, their addresses would take registers.
+    load_rows<WARPS * 32, ROWS>(q, head.part(p.qkv, 0), head.qkv_stride(), T, HD);
+    load_rows<WARPS * 32, KEYS>(k, head.part(p.qkv, 1), head.qkv_stride(), T, HD);
+    load_rows<WARPS * 32, KEYS>(v, head.part(p.qkv, 2), head.qkv_stride(), T, HD);
+    cp_async_commit();
+    for (int i = threadIdx.x; i < ROWS; i += WARPS * 32)
+      sts(lse + i * 4, i < T ? load(head.statistic(p.lse), i) * LOG2E : UNREACHED);
+    load_grad_out<WARPS * 32, ROWS>(g, delta, p, head, 0);
+  }
   cp_async_wait<0>();
   __syncthreads();
 
-  const int warp = warp_id(), l = lane_id(), t = l & 3;
-  const float scale_log2 = p.scale * LOG2E;
-  const int first = warp * KT * 16;  // key of this warp; the last warp may have a tile of padding
-  uint32_t kf[KT][HD / 16][4], vf[KT][HD / 16][4];
-  float dv[KT][HD / 8][4] = {}, dk[KT][HD / 8][4] = {};
-#pragma unroll
-  for (int i = 0; i < KT; i++) {
-#pragma unroll
-    for (int c = 0; c < HD / 16; c++) {
-      if (!KEEP) continue;
-      k.a(kf[i][c], first + i * 16, c * 2);
-      v.a(vf[i][c], first + i * 16, c * 2);
-    }
-  }
+  const int warp = warp_id(), l = lane_id();
+  Keys<HD, KT, KEEP> keys(k, v, warp * KT * 16);
   for (int chunk = 0; chunk < TILES; chunk += CHUNK) {
     const int end = chunk + CHUNK < TILES ? chunk + CHUNK : TILES;
 #pragma unroll 1
     for (int tile = chunk; tile < end; tile++) {
-      float s[KT][2][4] = {}, dp[KT][2][4] = {};
-#pragma unroll
-      for (int c = 0; c < HD / 16; c++) {
-        uint32_t f[4];
-        q.b_t(f, tile * 16, c * 2);
-        products<KEEP>(s, k, first, kf, c, f);
-        g.b_t(f, tile * 16, c * 2);
-        products<KEEP>(dp, v, first, vf, c, f);
-      }
       uint32_t pf[KT][4], dsf[KT][4];
+      keys.weigh(q, g, tile * 16, lse + tile * 64, delta + tile * 64, p.scale * LOG2E, pf, dsf);
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const int column = tile * 16 + j * 8 + t * 2;
-        const auto row_lse = lds<Vec<float, 2>>(lse + column * 4), row_delta = lds<Vec<float, 2>>(delta + column * 4);
+      for (int i = 0; i < KT; i++)
 #pragma unroll
-        for (int i = 0; i < KT; i++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const float p0 = ex2(fma3(s[i][j][2 * h], scale_log2, -row_lse[0]));
-            const float p1 = ex2(fma3(s[i][j][2 * h + 1], scale_log2, -row_lse[1]));
-            pf[i][2 * j + h] = pack_bf16(p0, p1);
-            const uint32_t x =
-                pack_bf16(p0 * (dp[i][j][2 * h] - row_delta[0]), p1 * (dp[i][j][2 * h + 1] - row_delta[1]));
-            dsf[i][2 * j + h] = x;
-            // A padded key scores 0, and 2^-lse may be infinite: it must not reach dQ. In dK and dV it has rows of its own.
-            const int r = first + i * 16 + (l >> 2) + h * 8;
-            sts(ds.at(r, (tile - chunk) * 2 + j) + t * 4, T % 16 == 0 || r < T ? x : 0u);
-          }
-      }
-#pragma unroll
-      for (int c = 0; c < HD / 16; c++) {
-        uint32_t f[4];
-        g.b(f, tile * 16, c * 2);
-#pragma unroll
-        for (int i = 0; i < KT; i++) mma_bf16_x2(dv[i][2 * c], dv[i][2 * c + 1], pf[i], f);
-        q.b(f, tile * 16, c * 2);
-#pragma unroll
-        for (int i = 0; i < KT; i++) mma_bf16_x2(dk[i][2 * c], dk[i][2 * c + 1], dsf[i], f);
-      }
+        for (int e = 0; e < 4; e++) {
+          // Padded keys must not reach dQ. In dK and dV they have rows of their own, which are not stored.
+          const int r = keys.first + i * 16 + (l >> 2) + e % 2 * 8;
+          sts(ds.at(r, (tile - chunk) * 2 + e / 2) + (l & 3) * 4, T % 16 == 0 || r < T ? dsf[i][e] : 0u);
+        }
+      keys.accumulate(q, g, tile * 16, pf, dsf);
     }
     __syncthreads();  // dS^T of the chunk is written; its queries are no longer read
     for (int tile = chunk + warp; tile < end; tile += WARPS) {
@@ -269,15 +180,16 @@ template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP> DEV void backw
           mma_bf16_x2(dq[2 * c], dq[2 * c + 1], a, f);
         }
       }
-      store_part(p, 0, q, tile * 16, dq, p.scale, T);
+      store_part(Head(p, blockIdx.x, T, HD), 0, p.grad_qkv, tile * 16, q, tile * 16, dq, p.scale);
     }
     if (end < TILES) __syncthreads();
   }
 #pragma unroll
   for (int i = 0; i < KT; i++) {
     // The values of these keys were read by this warp alone.
-    store_part(p, 2, v, first + i * 16, dv[i], 1.f, T);
-    store_part(p, 1, v, first + i * 16, dk[i], p.scale, T);
+    const int key = keys.first + i * 16;
+    store_part(Head(p, blockIdx.x, T, HD), 2, p.grad_qkv, key, v, key, keys.dv[i], 1.f);
+    store_part(Head(p, blockIdx.x, T, HD), 1, p.grad_qkv, key, v, key, keys.dk[i], p.scale);
   }
 }
 

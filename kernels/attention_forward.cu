@@ -41,7 +41,7 @@ DEV void store_lse(Global<float> lse, int row, int rows, const float (&m)[2], co
 template <int T, int HD, int WARPS> DEV void forward_whole(const ForwardParams<bf16>& p) {
   constexpr int ROWS = round_up(T, 16), TILES = ROWS / 16, LIVE = ceil_div(T, 8);
   const Tile<HD> q{dynamic_shared()}, k{q.base + Tile<HD>::bytes(ROWS)}, v{k.base + Tile<HD>::bytes(ROWS)};
-  const Head head(p, blockIdx.x);
+  const Head head(p, blockIdx.x, T, HD);
   load_rows<WARPS * 32, ROWS>(q, head.part(p.qkv, 0), head.qkv_stride(), T, HD);
   load_rows<WARPS * 32, ROWS>(k, head.part(p.qkv, 1), head.qkv_stride(), T, HD);
   load_rows<WARPS * 32, ROWS>(v, head.part(p.qkv, 2), head.qkv_stride(), T, HD);

@@ -21,7 +21,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
             let mut lse = zeros(DType::F32, &[images, heads, tokens]);
             let mut grad_qkv = zeros(DType::F32, &[images, tokens, 3 * dim]);
             let mut workspace =
-                zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, images, tokens)]);
+                zeros(DType::U8, &[workspace_bytes(&dev, DType::F32, images, tokens, heads)]);
             // Two products of a head forward; backward those of the logits anew, and four gradients.
             let work = |products| flops(products * images, tokens, dim, tokens);
             time(criterion, "attention", "forward", &shape, work(2), || {

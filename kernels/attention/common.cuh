@@ -36,11 +36,12 @@ constexpr float MASKED = -1e30f;  // a score that weighs nothing; finite, so tha
 DEV constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEV constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// One head of one image.
+// One head of one image. Where its sizes are known to the compiler they are given.
 struct Head {
   int image, head, tokens, heads, head_dim;
-  template <class P> DEV Head(const P& p, int index)
-      : image(index / p.heads), head(index % p.heads), tokens(p.tokens), heads(p.heads), head_dim(p.head_dim) {}
+  template <class P> DEV Head(const P& p, int index) : Head(p, index, p.tokens, p.head_dim) {}
+  template <class P> DEV Head(const P& p, int index, int tokens, int head_dim)
+      : image(index / p.heads), head(index % p.heads), tokens(tokens), heads(p.heads), head_dim(head_dim) {}
   // From a token to the next. Offsets inside an image fit 31 bits: `check` has looked.
   DEV int qkv_stride() const { return 3 * heads * head_dim; }
   DEV int out_stride() const { return heads * head_dim; }

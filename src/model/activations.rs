@@ -293,12 +293,13 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, config: &MaeConfig, batch: Ba
     let Batch { images, kept, predicted } = batch;
     let widest = config.dim.max(config.decoder_dim);
     let patches = config.patches();
+    let heads = config.heads.max(config.decoder_heads);
     let rows = images * (1 + patches) + patches;
     let needs = [
         random_masking::workspace_bytes(dev, images, patches),
         patch_embed::workspace_bytes(dev, dtype, images, kept, config.dim),
         layer_norm::workspace_bytes(dev, dtype, rows, widest),
-        attention::workspace_bytes(dev, dtype, images, 1 + patches),
+        attention::workspace_bytes(dev, dtype, images, 1 + patches, heads),
         masked_mse_loss::workspace_bytes(dev, dtype, images * predicted),
         linear::workspace_bytes(dev, rows, config.mlp_ratio * widest),
         linear::workspace_bytes(dev, images * predicted, config.patch_numbers()),

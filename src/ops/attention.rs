@@ -3,6 +3,8 @@
 //! `out = softmax(q k^T / sqrt(HD)) v` for each image and head. The `T x T` weights exist for a block of queries of
 //! one head at a time and are never stored: the backward pass forms them again from the row statistic `lse`.
 
+mod launch;
+
 use super::{expect_nonzero, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
@@ -45,8 +47,18 @@ const LANES: usize = 32;
 
 /// Bytes of workspace that [`forward`] and [`backward`] need.
 #[must_use]
-pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, tokens: usize) -> usize {
-    carve_bytes(dtype, LANES.min(images) * 2 * BLOCK.min(tokens) * tokens)
+pub fn workspace_bytes(
+    dev: &Device,
+    dtype: DType,
+    images: usize,
+    tokens: usize,
+    heads: usize,
+) -> usize {
+    match dev {
+        Device::Cpu(_) => carve_bytes(dtype, LANES.min(images) * 2 * BLOCK.min(tokens) * tokens),
+        // A number for each row, for sizes whose backward pass is two kernels.
+        Device::Cuda(_) => carve_bytes(DType::F32, images * heads * tokens),
+    }
 }
 
 /// Mixes values.
@@ -57,7 +69,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, &args, dims)?,
     }
     Ok(())
 }
@@ -70,7 +82,7 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -102,7 +114,23 @@ fn dims(call: Call<'_>, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {
             found: qkv.shape().to_vec(),
         });
     }
-    Ok(Dims { images, tokens, heads, head_dim: width / 3 / heads, dtype })
+    let head_dim = width / 3 / heads;
+    if let Device::Cuda(_) = call.dev {
+        // What the kernels are built for.
+        if !head_dim.is_multiple_of(8) || head_dim > 128 {
+            let why = format!(
+                "is {head_dim} numbers wide; on a GPU take a multiple of 8 up to 128, or run on the CPU"
+            );
+            return Err(Error::invalid(format!("{}: a head of qkv", call.op), why));
+        }
+        if tokens > 1024 || tokens * width > i32::MAX as usize {
+            let why = format!(
+                "holds {tokens} tokens of {width} numbers; on a GPU take at most 1024 tokens, or run on the CPU"
+            );
+            return Err(Error::invalid(format!("{}: an image of qkv", call.op), why));
+        }
+    }
+    Ok(Dims { images, tokens, heads, head_dim, dtype })
 }
 
 impl Forward<'_> {
@@ -112,7 +140,11 @@ impl Forward<'_> {
         let Dims { images, tokens, heads, head_dim, dtype } = dims;
         self.out.expect(call, "out", dtype, &[images, tokens, heads * head_dim])?;
         self.lse.expect(call, "lse", dtype.wide(), &[images, heads, tokens])?;
-        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, tokens))?;
+        expect_workspace(
+            call,
+            &self.workspace,
+            workspace_bytes(dev, dtype, images, tokens, heads),
+        )?;
         Ok(dims)
     }
 }
@@ -126,7 +158,11 @@ impl Backward<'_> {
         self.grad_out.expect(call, "grad_out", dtype, &[images, tokens, heads * head_dim])?;
         self.out.expect(call, "out", dtype, &[images, tokens, heads * head_dim])?;
         self.lse.expect(call, "lse", dtype.wide(), &[images, heads, tokens])?;
-        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, tokens))?;
+        expect_workspace(
+            call,
+            &self.workspace,
+            workspace_bytes(dev, dtype, images, tokens, heads),
+        )?;
         Ok(dims)
     }
 }

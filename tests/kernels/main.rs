@@ -7,7 +7,11 @@
 #![cfg(pixmim_simt)]
 
 mod adamw;
+<<<<<<< HEAD
 mod cast;
+=======
+mod attention;
+>>>>>>> attn
 mod common;
 mod gather_tokens;
 mod gelu;
