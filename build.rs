@@ -1,16 +1,23 @@
 //! Compiles the kernels, and records which source and compiler a binary was built from, for `doctor`, checkpoints and
 //! reports.
 
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{env, fs};
 
 #[path = "build/jobs.rs"]
 mod jobs;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+#[path = "build/ptxas.rs"]
+mod ptxas;
 #[path = "build/simt.rs"]
 mod simt;
 #[path = "build/sources.rs"]
 mod sources;
+
+use nvcc::Fatbins;
+use sources::Source;
 
 fn main() {
     provenance();
@@ -47,6 +54,7 @@ fn provenance() {
 }
 
 fn kernels() -> Result<(), String> {
+    println!("cargo::rustc-check-cfg=cfg(pixmim_nvcc)");
     println!("cargo::rustc-check-cfg=cfg(pixmim_simt)");
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-changed=kernels");
@@ -61,17 +69,66 @@ fn kernels() -> Result<(), String> {
         return Err(format!("two kernels are called {}", pair[0]));
     }
     // docs.rs has neither compiler, and documents need no kernels.
-    if env::var_os("DOCS_RS").is_some() {
-        return Ok(());
-    }
-    if env::var_os("CARGO_FEATURE_SIMT").is_some() {
+    let has = |feature| env::var_os(feature).is_some() && env::var_os("DOCS_RS").is_none();
+    if has("CARGO_FEATURE_SIMT") {
         if simt::is_supported() {
             simt::build(&sources, &out)?;
         } else {
             println!(
-                "cargo::warning=the host executor of kernels (feature `simt`) runs on x86-64 Linux only: left out"
+                "cargo::warning=feature `simt` is left out: the host executor of kernels runs on x86-64 Linux only"
             );
         }
     }
-    Ok(())
+    let fatbins = if has("CARGO_FEATURE_CUDA") { fatbins(&sources, &out)? } else { None };
+    let path = out.join("kernels.rs");
+    fs::write(&path, embedded(&sources, fatbins.as_ref())?)
+        .map_err(|error| format!("cannot write {}: {error}", path.display()))
+}
+
+/// Device code, or none with a warning where it may be missing.
+fn fatbins(sources: &[Source], out: &Path) -> Result<Option<Fatbins>, String> {
+    let is_required = nvcc::is_required();
+    match nvcc::find() {
+        Ok(nvcc) => {
+            println!("cargo::rustc-cfg=pixmim_nvcc");
+            nvcc::build(&nvcc, sources, out).map(Some)
+        }
+        Err(why) if is_required || env::var_os("PIXMIM_NVCC").is_some() => {
+            Err(format!("{why}: run scripts/get-nvcc, or set PIXMIM_NVCC or CUDA_HOME"))
+        }
+        Err(why) => {
+            println!(
+                "cargo::warning={why}: built without GPU kernels, all else works on the CPU; for kernels run \
+                 scripts/get-nvcc or set CUDA_HOME"
+            );
+            Ok(None)
+        }
+    }
+}
+
+/// The Rust source that src/cuda/kernels.rs includes.
+fn embedded(sources: &[Source], fatbins: Option<&Fatbins>) -> Result<String, String> {
+    let mut text = String::from(
+        "/// Stem of each file of kernels, and its device code. Empty if nvcc was not there when this was built.\n\
+         pub const FATBINS: &[(&str, &[u8])] = &[\n",
+    );
+    for (stem, path) in fatbins.iter().flat_map(|fatbins| &fatbins.files) {
+        text += &format!("    ({stem:?}, fatbin!({path:?})),\n");
+    }
+    text += &format!(
+        "];\n/// Registers, spills, shared memory and stack of each kernel, as in kernels/resources.txt. Empty without nvcc.\n\
+         pub const RESOURCES: &str = {:?};\n/// Every kernel, whether or not it was compiled.\n\
+         pub const KERNELS: &[Kernel] = &[\n",
+        fatbins.map_or("", |fatbins| &fatbins.resources),
+    );
+    for source in sources {
+        let hash = sources::hash(&source.path, Some("kernels/simt"))?;
+        for sources::Kernel { name, hot } in &source.kernels {
+            let file = &source.path;
+            text += &format!(
+                "    Kernel {{ name: {name:?}, file: {file:?}, hot: {hot}, hash: {hash:#x} }},\n"
+            );
+        }
+    }
+    Ok(text + "];\n")
 }

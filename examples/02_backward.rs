@@ -43,6 +43,7 @@ fn main() -> Result<()> {
         grad_out: TensorRef::new(&grad_pre, &[R, N])?,
         inp: TensorRef::new(&inp, &[R, K])?,
         weight: TensorRef::new(&weight, &[N, K])?,
+        workspace: TensorMut::new::<u8>(&mut [], &[0])?, // a GPU would need some: linear::workspace_bytes
     };
     linear::backward(&Device::cpu(), args)?;
 

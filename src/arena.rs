@@ -305,6 +305,16 @@ impl Tensor {
         Ok(Self { memory: Arc::new(memory), offset: 0, shape, dtype })
     }
 
+    /// A tensor that holds a copy of these numbers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless the shape has as many elements; [`Error::OutOfMemory`]; [`Error::Gpu`].
+    pub fn holding<T: Element>(dev: &Device, values: &[T], shape: &[usize]) -> Result<Self> {
+        let mut tensor = Self::new(dev, T::DTYPE, shape)?;
+        dev.upload(tensor.view_mut(), values)?;
+        Ok(tensor)
+    }
+
     /// A stand-in during the counting pass: no elements, so that touching it cannot reach past its memory.
     fn counted(dtype: DType) -> Self {
         let memory = Memory::host(0, "counting").expect("128 bytes can be had");

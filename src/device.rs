@@ -1,5 +1,10 @@
 //! Where an op runs, and where its tensors are.
 
+use std::borrow::Cow;
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
 use crate::cuda::Gpu;
 use crate::dtype::Element;
 use crate::{DType, Error, Result, TensorMut, TensorRef};
@@ -114,32 +119,51 @@ impl Device {
         Ok(())
     }
 
-    /// Copies a tensor of this device to the host, after all work enqueued so far.
+    /// The numbers of a tensor of this device: its own memory on the CPU, a copy of a GPU's after all work enqueued so far.
     ///
     /// # Errors
     /// As [`upload`](Self::upload).
-    pub fn download<T: Element>(&self, src: TensorRef<'_>) -> Result<Vec<T>> {
-        let call = Call { op: "download", dev: self };
+    pub fn read<'a, T: Element>(&self, src: TensorRef<'a>) -> Result<Cow<'a, [T]>> {
+        let call = Call { op: "read", dev: self };
         src.expect(call, "src", T::DTYPE, src.shape())?;
         match self {
-            Self::Cpu(_) => Ok(src.as_slice().to_vec()),
+            Self::Cpu(_) => Ok(Cow::Borrowed(src.as_slice())),
             Self::Cuda(gpu) => {
                 let mut dst = vec![T::zeroed(); src.elems()];
                 gpu.driver().download(bytemuck::cast_slice_mut(&mut dst), src.dev_ptr())?;
-                Ok(dst)
+                Ok(Cow::Owned(dst))
             }
         }
     }
 
-    /// As [`download`](Self::download), one real number, widened.
+    /// As [`read`](Self::read), always a copy.
     ///
     /// # Errors
-    /// As [`download`](Self::download).
+    /// As [`upload`](Self::upload).
+    pub fn download<T: Element>(&self, src: TensorRef<'_>) -> Result<Vec<T>> {
+        self.read(src).map(Cow::into_owned)
+    }
+
+    /// As [`read`](Self::read), of f32 or of bf16 widened to it.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn read_f32<'a>(&self, src: TensorRef<'a>) -> Result<Cow<'a, [f32]>> {
+        match src.dtype() {
+            DType::Bf16 => Ok(Cow::Owned(self.read::<bf16>(src)?.to_f32_vec())),
+            _ => self.read(src),
+        }
+    }
+
+    /// As [`read`](Self::read), one real number, widened.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
     pub fn scalar(&self, src: TensorRef<'_>) -> Result<f64> {
         expect_elems(Call { op: "scalar", dev: self }, "src", src.elems(), 1)?;
         match src.dtype() {
-            DType::F64 => Ok(self.download::<f64>(src)?[0]),
-            _ => Ok(f64::from(self.download::<f32>(src)?[0])),
+            DType::F64 => Ok(self.read::<f64>(src)?[0]),
+            _ => Ok(f64::from(self.read::<f32>(src)?[0])),
         }
     }
 

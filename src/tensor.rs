@@ -93,6 +93,33 @@ macro_rules! common {
                 self.place
             }
 
+            /// The same elements under another shape.
+            ///
+            /// # Errors
+            /// [`Error::Shape`] unless the number of elements stays the same.
+            pub fn reshaped(self, shape: &[usize]) -> Result<Self> {
+                let shape = Shape::from(shape);
+                expect_len(self.elems(), &shape)?;
+                Ok(Self { shape, ..self })
+            }
+
+            /// The first `at` along the outermost dimension, and the others.
+            ///
+            /// # Panics
+            /// If there are fewer, or no dimension.
+            #[must_use]
+            pub fn split_at(self, at: usize) -> (Self, Self) {
+                let (all, each) = self.shape.dims().split_first().expect("at least a vector");
+                let stride = each.iter().product::<usize>() * self.dtype.size_bytes();
+                assert!(at <= *all, "a tensor is split inside");
+                let part = |from: usize, count: usize| {
+                    let mut shape = self.shape;
+                    shape.dims[0] = count;
+                    Self { ptr: self.ptr.wrapping_add(from * stride), shape, ..self }
+                };
+                (part(0, at), part(at, all - at))
+            }
+
             /// Size of all elements, in bytes.
             #[must_use]
             pub fn bytes(&self) -> usize {
@@ -195,16 +222,6 @@ impl<'a> TensorRef<'a> {
         unsafe { std::slice::from_raw_parts(self.ptr.cast(), self.elems()) }
     }
 
-    /// The same elements under another shape.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] unless the number of elements stays the same.
-    pub fn reshaped(self, shape: &[usize]) -> Result<Self> {
-        let shape = Shape::from(shape);
-        expect_len(self.elems(), &shape)?;
-        Ok(Self { shape, ..self })
-    }
-
     /// The only element of a real tensor, widened.
     ///
     /// # Panics
@@ -216,22 +233,6 @@ impl<'a> TensorRef<'a> {
             DType::F64 => self.as_slice::<f64>()[0],
             _ => f64::from(self.as_slice::<f32>()[0]),
         }
-    }
-
-    /// The first `at` elements of a vector, and the others.
-    ///
-    /// # Panics
-    /// If there are fewer.
-    #[must_use]
-    pub fn split_at(self, at: usize) -> (Self, Self) {
-        let bytes = at * self.dtype.size_bytes();
-        assert!(at <= self.elems(), "a vector is split inside");
-        let part = |skip: usize, elems: usize| Self {
-            ptr: self.ptr.wrapping_add(skip),
-            shape: Shape::from(&[elems][..]),
-            ..self
-        };
-        (part(0, at), part(bytes, self.elems() - at))
     }
 }
 
@@ -265,26 +266,22 @@ impl<'a> TensorMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.elems()) }
     }
 
-    /// The first `at` elements of a vector, and the others.
-    ///
-    /// # Panics
-    /// If there are fewer.
-    #[must_use]
-    pub fn split_at(self, at: usize) -> (Self, Self) {
-        let bytes = at * self.dtype.size_bytes();
-        assert!(at <= self.elems(), "a vector is split inside");
-        let part = |skip: usize, elems: usize| Self {
-            ptr: self.ptr.wrapping_add(skip),
-            shape: Shape::from(&[elems][..]),
-            ..self
-        };
-        (part(0, at), part(bytes, self.elems() - at))
-    }
-
     /// A shorter-lived view of the same elements.
     #[must_use]
     pub fn reborrow(&mut self) -> TensorMut<'_> {
         TensorMut { life: PhantomData, ..*self }
+    }
+
+    /// Read-only view of the same elements, for as long.
+    #[must_use]
+    pub fn into_ref(self) -> TensorRef<'a> {
+        TensorRef {
+            ptr: self.ptr,
+            shape: self.shape,
+            dtype: self.dtype,
+            place: self.place,
+            life: PhantomData,
+        }
     }
 
     /// Read-only view of the same elements.
@@ -299,21 +296,11 @@ impl<'a> TensorMut<'a> {
         }
     }
 
-    /// The same elements under another shape.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] unless the number of elements stays the same.
-    pub fn reshaped(self, shape: &[usize]) -> Result<Self> {
-        let shape = Shape::from(shape);
-        expect_len(self.elems(), &shape)?;
-        Ok(Self { shape, ..self })
-    }
-
     /// Splits a workspace (dtype U8) into a vector of `elems` elements and the rest.
     ///
     /// # Panics
     /// If the workspace is too small: the op's `check` has judged that.
-    pub(crate) fn carve_tensor(self, dtype: DType, elems: usize) -> (Self, Self) {
+    pub fn carve_tensor(self, dtype: DType, elems: usize) -> (Self, Self) {
         assert_eq!(self.dtype, DType::U8, "a workspace is bytes");
         let start = self.ptr.addr().next_multiple_of(ALIGN_BYTES) - self.ptr.addr();
         let end = start + elems * dtype.size_bytes();

@@ -32,8 +32,14 @@ fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Files below `folder` with this extension, relative to the root, sorted.
+/// Files below `folder` with this extension, relative to the root, sorted. Some there must be.
 fn files(folder: &str, extension: &str) -> Vec<String> {
+    let found = files_if_any(folder, extension);
+    assert!(!found.is_empty(), "no .{extension} in {folder}");
+    found
+}
+
+fn files_if_any(folder: &str, extension: &str) -> Vec<String> {
     fn walk(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
             if entry.is_dir() {
@@ -48,7 +54,6 @@ fn files(folder: &str, extension: &str) -> Vec<String> {
     let relative = |path: PathBuf| path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
     let mut found: Vec<_> = found.into_iter().map(relative).collect();
     found.sort();
-    assert!(!found.is_empty(), "no .{extension} in {folder}");
     found
 }
 
@@ -85,6 +90,39 @@ fn every_op_has_a_row_tests_and_benches() {
     }
     let rows = table.lines().filter(|line| line.starts_with("//! | [`")).count();
     assert_eq!(rows, ops().len(), "src/ops/mod.rs has a row without an op");
+}
+
+/// The files that declare kernels.
+fn kernel_files() -> Vec<String> {
+    files_if_any("kernels", "cu")
+}
+
+#[test]
+fn every_file_of_kernels_has_its_op_and_its_tests() {
+    let main = read("tests/kernels/main.rs");
+    for path in kernel_files() {
+        let stem = path.trim_start_matches("kernels/").trim_end_matches(".cu");
+        assert!(ops().iter().any(|op| op == stem), "{path} has no src/ops/{stem}.rs");
+        let tests = format!("tests/kernels/{stem}.rs");
+        assert!(root().join(&tests).is_file(), "{path} has no {tests}");
+        assert!(main.contains(&format!("mod {stem};")), "tests/kernels/main.rs leaves out {stem}");
+    }
+}
+
+#[test]
+fn kernels_reach_memory_and_ptx_through_the_common_headers() {
+    // The executor runs and checks what goes through them, and nothing else.
+    for path in kernel_files() {
+        for (number, line) in code(&read(&path)) {
+            let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+            let forbidden = words.find(|word| ["asm", "__asm__", "__shared__"].contains(word));
+            assert!(
+                forbidden.is_none(),
+                "{path}:{number} has its own {}: {line}",
+                forbidden.unwrap()
+            );
+        }
+    }
 }
 
 #[test]

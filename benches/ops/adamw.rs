@@ -23,24 +23,24 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         let (mut param, grad) = (random(&[elems]), random(&[elems]));
         let mut exp_avg = zeros(DType::F32, &[elems]);
         let mut exp_avg_sq = zeros(DType::F32, &[elems]);
-        // Only whether it is finite matters without clipping.
-        let grad_norm = zeros(DType::F32, &[1]);
+        // Taken, not clipped, the first of a run.
+        let values = [1.0f32, 1.0, 1e-3, 4.5, 1e-4];
+        let mut coefficients = zeros(DType::F32, &[adamw::COEFFICIENTS]);
+        coefficients.view_mut().into_slice::<f32>().copy_from_slice(&values);
         let work = bytes(&[&param, &param, &exp_avg, &exp_avg, &exp_avg_sq, &exp_avg_sq, &grad]);
         time(criterion, "adamw", "update", name, work, || {
             adamw::update(
                 &Device::cpu(),
                 Update {
                     param: param.view_mut(),
+                    copy: None,
                     exp_avg: exp_avg.view_mut(),
                     exp_avg_sq: exp_avg_sq.view_mut(),
                     grad: grad.view(),
-                    grad_norm: grad_norm.view(),
-                    clip: 0.0,
-                    lr: 1e-4,
+                    coefficients: coefficients.view(),
                     betas: [0.9, 0.95],
                     eps: 1e-8,
                     weight_decay: 0.05,
-                    step: 1,
                 },
             )
         });

@@ -20,7 +20,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
             let mut out = zeros(DType::F32, &[images, tokens, dim]);
             let mut lse = zeros(DType::F32, &[images, heads, tokens]);
             let mut grad_qkv = zeros(DType::F32, &[images, tokens, 3 * dim]);
-            let mut workspace = zeros(DType::U8, &[workspace_bytes(DType::F32, images, tokens)]);
+            let mut workspace =
+                zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, images, tokens)]);
             // Two products of a head forward; backward those of the logits anew, and four gradients.
             let work = |products| flops(products * images, tokens, dim, tokens);
             time(criterion, "attention", "forward", &shape, work(2), || {

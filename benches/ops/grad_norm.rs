@@ -11,7 +11,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
     for (name, elems) in sizes() {
         let grad = random(&[elems]);
         let mut norm = zeros(DType::F32, &[1]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(elems)]);
+        let mut workspace = zeros(DType::U8, &[workspace_bytes(&Device::cpu(), elems)]);
         time(criterion, "grad_norm", "forward", name, bytes(&[&grad]), || {
             grad_norm::forward(
                 &Device::cpu(),

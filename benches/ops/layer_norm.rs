@@ -28,7 +28,6 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                         mean: mean.view_mut(),
                         rstd: rstd.view_mut(),
                         inp: inp.view(),
-                        select: None,
                         weight: weight.view(),
                         bias: bias.view(),
                         eps: 1e-6,
@@ -39,7 +38,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
             let mut grad_inp = zeros(DType::F32, &full);
             let mut grad_weight = zeros(DType::F32, &[dim]);
             let mut grad_bias = zeros(DType::F32, &[dim]);
-            let mut workspace = zeros(DType::U8, &[workspace_bytes(DType::F32, w.images, dim)]);
+            let mut workspace =
+                zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, w.images, dim)]);
             // `grad_inp` accumulates: it is read and written.
             let work = bytes(&[&inp, &grad_out, &grad_inp, &grad_inp, &mean, &rstd]);
             time(criterion, "layer_norm", "backward", &shape, work, || {
@@ -51,7 +51,6 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                         grad_bias: grad_bias.view_mut(),
                         grad_out: grad_out.view(),
                         inp: inp.view(),
-                        select: None,
                         mean: mean.view(),
                         rstd: rstd.view(),
                         weight: weight.view(),

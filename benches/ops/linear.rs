@@ -23,6 +23,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                 let mut grad_inp = zeros(DType::F32, &[rows, inputs]);
                 let mut grad_weight = zeros(DType::F32, &[outputs, inputs]);
                 let mut grad_bias = zeros(DType::F32, &[outputs]);
+                let mut workspace = zeros(DType::U8, &[0]);
                 for (products, dev) in PRODUCTS {
                     let what = format!("forward {products}");
                     let work = flops(1, rows, inputs, outputs);
@@ -59,6 +60,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                                 grad_out: residual.view(),
                                 inp: inp.view(),
                                 weight: weight.view(),
+                                workspace: workspace.view_mut(),
                             },
                         )
                     });

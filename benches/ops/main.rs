@@ -6,8 +6,10 @@
 #![expect(clippy::unwrap_used, reason = "a bench that cannot go on stops")]
 
 mod adamw;
+mod add_positions;
 mod attention;
 mod cast;
+mod gather_tokens;
 mod gelu;
 mod grad_norm;
 mod input;
@@ -44,7 +46,7 @@ fn main() {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
-    let ops: [fn(&mut Criterion); 13] = [
+    let ops: [fn(&mut Criterion); 15] = [
         random_masking::bench,
         input::bench,
         low_freq_target::bench,
@@ -53,7 +55,9 @@ fn main() {
         linear::bench,
         gelu::bench,
         attention::bench,
+        add_positions::bench,
         restore_tokens::bench,
+        gather_tokens::bench,
         masked_mse_loss::bench,
         grad_norm::bench,
         adamw::bench,
@@ -93,7 +97,7 @@ fn flops(times: usize, rows: usize, inner: usize, cols: usize) -> Throughput {
 
 /// A tensor of zeros: for outputs and workspaces.
 fn zeros(dtype: DType, shape: &[usize]) -> Tensor {
-    Arena::build("bench", |arena| arena.tensor(dtype, shape)).unwrap().0
+    Tensor::new(&Device::cpu(), dtype, shape).unwrap()
 }
 
 /// An f32 tensor uniform on [-1, 1), each call another one.

@@ -13,7 +13,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         let (pred, target) = (random(&shape), random(&shape));
         let mut grad_pred = zeros(DType::F32, &shape);
         let mut loss = zeros(DType::F32, &[1]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(DType::F32, w.images * masked)]);
+        let mut workspace =
+            zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, w.images * masked)]);
         for (what, norm_pix) in [("norm_pix", true), ("plain", false)] {
             let work = bytes(&[&pred, &target, &grad_pred]);
             time(criterion, "masked_mse_loss", what, w.name, work, || {

@@ -1,8 +1,8 @@
 //! Embedding of the kept patches.
 
 use criterion::Criterion;
-use pixmim::DType;
 use pixmim::ops::patch_embed::{self, Backward, Forward, workspace_bytes};
+use pixmim::{DType, Device};
 
 use crate::{Masks, PRODUCTS, WORKLOADS, flops, random, time, zeros};
 
@@ -19,7 +19,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         let mut grad_weight = zeros(DType::F32, &[dim, numbers]);
         let mut grad_bias = zeros(DType::F32, &[dim]);
         let mut grad_cls_token = zeros(DType::F32, &[dim]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(DType::F32, images, kept, dim)]);
+        let mut workspace =
+            zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, images, kept, dim)]);
         let work = || flops(1, images * kept, numbers, dim);
         for (products, dev) in PRODUCTS {
             let what = format!("forward {products}");

@@ -8,7 +8,8 @@ use crate::workload::Workload;
 use crate::{Masks, WORKLOADS, time, zeros};
 
 pub(crate) fn workspace(workload: &Workload) -> Tensor {
-    let bytes = random_masking::workspace_bytes(workload.images, workload.config.patches());
+    let bytes =
+        random_masking::workspace_bytes(&Device::cpu(), workload.images, workload.config.patches());
     zeros(DType::U8, &[bytes])
 }
 
@@ -22,7 +23,7 @@ pub(crate) fn draw(w: &Workload, masks: &mut Masks, workspace: &mut Tensor) -> R
             ids_restore: masks.ids_restore.view_mut(),
             noise: Noise::Drawn {
                 seed: 0,
-                epoch: 0,
+                epoch: TensorRef::new(&[0], &[1])?,
                 samples: TensorRef::new(&samples, &[w.images])?,
             },
             block: 1,

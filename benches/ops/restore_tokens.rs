@@ -1,7 +1,7 @@
-//! The decoder's input, put together from kept and mask tokens.
+//! The decoder's tokens, put together from kept and masked rows: at its width, and at that of queries, keys, values.
 
 use criterion::Criterion;
-use pixmim::ops::restore_tokens::{self, Backward, Forward, workspace_bytes};
+use pixmim::ops::restore_tokens::{self, Backward, Forward};
 use pixmim::{DType, Device};
 
 use crate::{Masks, WORKLOADS, bytes, random, time, zeros};
@@ -9,40 +9,41 @@ use crate::{Masks, WORKLOADS, bytes, random, time, zeros};
 pub(crate) fn bench(criterion: &mut Criterion) {
     let dev = Device::cpu();
     for w in WORKLOADS {
-        let (images, dim, rows) = (w.images, w.config.decoder_dim, 1 + w.config.patches());
         let masks = Masks::new(&w);
-        let inp = random(&[images, 1 + w.kept(), dim]);
-        let (mask_token, pos_embed) = (random(&[dim]), random(&[rows, dim]));
-        let mut out = zeros(DType::F32, &[images, rows, dim]);
-        let work = bytes(&[&inp, &out]);
-        time(criterion, "restore_tokens", "forward", w.name, work, || {
-            restore_tokens::forward(
-                &dev,
-                Forward {
-                    out: out.view_mut(),
-                    inp: inp.view(),
-                    ids_restore: masks.ids_restore.view(),
-                    mask_token: mask_token.view(),
-                    pos_embed: pos_embed.view(),
-                },
-            )
-        });
-        let grad_out = random(&[images, rows, dim]);
-        let mut grad_inp = zeros(DType::F32, &[images, 1 + w.kept(), dim]);
-        let mut grad_mask_token = zeros(DType::F32, &[dim]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(DType::F32, images, dim)]);
-        let work = bytes(&[&grad_out, &grad_inp]);
-        time(criterion, "restore_tokens", "backward", w.name, work, || {
-            restore_tokens::backward(
-                &dev,
-                Backward {
-                    grad_inp: grad_inp.view_mut(),
-                    grad_mask_token: grad_mask_token.view_mut(),
-                    grad_out: grad_out.view(),
-                    ids_restore: masks.ids_restore.view(),
-                    workspace: workspace.view_mut(),
-                },
-            )
-        });
+        let (images, patches) = (w.images, w.config.patches());
+        let width = w.config.decoder_dim;
+        for (stem, width) in [("tokens", width), ("qkv", 3 * width)] {
+            let shape = format!("{stem}/{}", w.name);
+            let inp = random(&[images, 1 + w.kept(), width]);
+            let fill = random(&[patches, width]);
+            let mut out = zeros(DType::F32, &[images, 1 + patches, width]);
+            let work = bytes(&[&inp, &fill, &out]);
+            time(criterion, "restore_tokens", "forward", &shape, work, || {
+                restore_tokens::forward(
+                    &dev,
+                    Forward {
+                        out: out.view_mut(),
+                        inp: inp.view(),
+                        fill: fill.view(),
+                        ids_restore: masks.ids_restore.view(),
+                    },
+                )
+            });
+            let grad_out = random(&[images, 1 + patches, width]);
+            let mut grad_inp = zeros(DType::F32, &[images, 1 + w.kept(), width]);
+            let mut grad_fill = zeros(DType::F32, &[patches, width]);
+            let work = bytes(&[&grad_out, &grad_inp, &grad_fill]);
+            time(criterion, "restore_tokens", "backward", &shape, work, || {
+                restore_tokens::backward(
+                    &dev,
+                    Backward {
+                        grad_inp: grad_inp.view_mut(),
+                        grad_fill: grad_fill.view_mut(),
+                        grad_out: grad_out.view(),
+                        ids_restore: masks.ids_restore.view(),
+                    },
+                )
+            });
+        }
     }
 }

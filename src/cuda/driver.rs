@@ -99,6 +99,12 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// What it can do.
     fn properties(&self) -> &Properties;
 
+    /// Bytes of memory that nobody has taken.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu).
+    fn available_bytes(&self) -> Result<u64>;
+
     /// Memory of `bytes`, aligned to 256 on a GPU and to 16 on the host executor. What it holds is undefined. `what` names
     /// it in messages.
     ///

@@ -6,8 +6,7 @@
 #[cfg(feature = "cuda")]
 mod cublaslt;
 mod driver;
-#[cfg(feature = "cuda")]
-mod kernels;
+pub mod kernels;
 #[cfg(feature = "cuda")]
 mod nvidia;
 #[cfg(feature = "cuda")]

@@ -184,6 +184,11 @@ impl Driver for Nvidia {
         &self.0.properties
     }
 
+    fn available_bytes(&self) -> Result<u64> {
+        self.0.context.bind()?;
+        handles::available_bytes()
+    }
+
     fn alloc(&self, bytes: usize, what: &'static str) -> Result<DevPtr> {
         self.0.context.bind()?;
         self.0.expect_no_capture("allocate")?;

@@ -247,6 +247,10 @@ impl Driver for Simt {
         &self.properties
     }
 
+    fn available_bytes(&self) -> Result<u64> {
+        Ok(self.properties.memory_bytes)
+    }
+
     #[expect(unsafe_code, reason = "the executor's own allocator")]
     fn alloc(&self, bytes: usize, what: &'static str) -> Result<DevPtr> {
         let name = CString::new(what).expect("an arena's name has no zero byte");

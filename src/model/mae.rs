@@ -1,12 +1,12 @@
 //! The masked autoencoder (He et al. 2021, arXiv:2111.06377): forward, then backward, mirrored.
 
 use super::activations::{Activations, Batch, Scratch};
+use super::block::{self, Norm};
 use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
-use super::{MaeConfig, block, pos_embed};
-use crate::TensorList;
-use crate::ops::{layer_norm, linear, patch_embed, restore_tokens};
-use crate::{Arena, DType, Device, Result, Tensor};
+use super::{MaeConfig, decoder, pos_embed};
+use crate::ops::{cast, layer_norm, linear, patch_embed};
+use crate::{Arena, DType, Device, Result, Tensor, TensorList};
 
 /// Tokens before the first patch: the class token.
 const PREFIX: usize = 1;
@@ -17,8 +17,10 @@ pub struct Mae {
     config: MaeConfig,
     dtype: DType,
     table: Table,
-    /// Trainable tensors, in the order of [`Mae::table`].
+    /// Trainable tensors, in the order of [`Mae::table`], in f32 or f64: what the optimizer updates.
     pub weights: TensorList,
+    /// The weights rounded to bf16, at the same places, where the network computes in bf16.
+    pub rounded: Option<TensorList>,
     /// `(1 + L, D)`, fixed.
     pub pos_embed: Tensor,
     /// `(1 + L, Dd)`, fixed.
@@ -35,22 +37,44 @@ impl Mae {
         let table = Table::new(&config);
         let (grid, shapes) = (config.grid(), table.shapes());
         let rows = PREFIX + config.patches();
-        let ((mut weights, mut pos_embed, mut decoder_pos_embed), _) =
+        let ((mut weights, rounded, mut pos_embed, mut decoder_pos_embed), _) =
             Arena::build(dev, "weights", |arena| {
                 (
-                    arena.list(dtype, &shapes),
+                    arena.list(dtype.wide(), &shapes),
+                    (dtype != dtype.wide()).then(|| arena.list(dtype, &shapes)),
                     arena.tensor(dtype, &[rows, config.dim]),
                     arena.tensor(dtype, &[rows, config.decoder_dim]),
                 )
             })?;
-        table.init(&mut weights, seed);
+        table.init(dev, &mut weights, seed)?;
         for (tensor, dim) in
             [(&mut pos_embed, config.dim), (&mut decoder_pos_embed, config.decoder_dim)]
         {
             let table = pos_embed::table(grid, dim);
-            params::write(tensor.view_mut(), |i| table[i]);
+            params::write(dev, tensor.view_mut(), |i| table[i])?;
         }
-        Ok(Self { config, dtype, table, weights, pos_embed, decoder_pos_embed })
+        let mut mae = Self { config, dtype, table, weights, rounded, pos_embed, decoder_pos_embed };
+        mae.round(dev)?;
+        Ok(mae)
+    }
+
+    /// Rounds the weights anew, after they were written from outside.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn round(&mut self, dev: &Device) -> Result<()> {
+        match &mut self.rounded {
+            None => Ok(()),
+            Some(rounded) => cast::forward(
+                dev,
+                cast::Forward { out: rounded.flat_mut(), inp: self.weights.flat() },
+            ),
+        }
+    }
+
+    /// The weights that the network computes with.
+    fn computed(&self) -> &TensorList {
+        self.rounded.as_ref().unwrap_or(&self.weights)
     }
 
     /// The network's sizes.
@@ -59,7 +83,7 @@ impl Mae {
         &self.config
     }
 
-    /// The dtype of weights and activations.
+    /// The dtype of activations, and of the weights that the network computes with.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -71,13 +95,16 @@ impl Mae {
         &self.table
     }
 
-    /// Tensors like the weights, zero: for gradients and moments. Returns their size in bytes too.
+    /// Tensors like [`weights`](Self::weights), zero: for gradients and moments. Returns their size in bytes too.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn like_weights(&self, dev: &Device, what: &'static str) -> Result<(TensorList, usize)> {
         let shapes = self.table.shapes();
-        Arena::build(dev, what, |arena| arena.list(self.dtype, &shapes))
+        let (mut list, bytes) =
+            Arena::build(dev, what, |arena| arena.list(self.dtype.wide(), &shapes))?;
+        dev.clear(list.flat_mut())?;
+        Ok((list, bytes))
     }
 
     /// Workspace for [`forward`](Self::forward) and [`backward`](Self::backward), in bytes.
@@ -96,7 +123,8 @@ impl Mae {
         acts: &mut Activations,
         workspace: &mut Tensor,
     ) -> Result<()> {
-        let (table, w) = (&self.table, |index: usize| self.weights.view(index));
+        let (table, weights) = (&self.table, self.computed());
+        let w = |index: usize| weights.view(index);
         let dim = self.config.dim;
         patch_embed::forward(
             dev,
@@ -114,8 +142,8 @@ impl Mae {
         )?;
         let mut stream = &acts.tokens;
         for (ids, acts) in table.blocks.iter().zip(&mut acts.blocks) {
-            block::forward(dev, &self.weights, ids, stream.view(), acts, workspace)?;
-            stream = &acts.out;
+            block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
+            stream = &acts.after.out;
         }
         layer_norm::forward(
             dev,
@@ -124,7 +152,6 @@ impl Mae {
                 mean: acts.latent_mean.view_mut(),
                 rstd: acts.latent_rstd.view_mut(),
                 inp: stream.view(),
-                select: None,
                 weight: w(table.norm.weight),
                 bias: w(table.norm.bias),
                 eps: LAYER_NORM_EPS,
@@ -140,45 +167,8 @@ impl Mae {
                 epilogue: linear::Epilogue::None,
             },
         )?;
-        restore_tokens::forward(
-            dev,
-            restore_tokens::Forward {
-                out: acts.decoder_tokens.view_mut(),
-                inp: acts.embedded.view(),
-                ids_restore: acts.ids_restore.view(),
-                mask_token: w(table.mask_token).reshaped(&[self.config.decoder_dim])?,
-                pos_embed: self.decoder_pos_embed.view(),
-            },
-        )?;
-        let mut stream = &acts.decoder_tokens;
-        for (ids, acts) in table.decoder_blocks.iter().zip(&mut acts.decoder_blocks) {
-            block::forward(dev, &self.weights, ids, stream.view(), acts, workspace)?;
-            stream = &acts.out;
-        }
-        // Only predicted patches go on: the loss sees no others.
-        layer_norm::forward(
-            dev,
-            layer_norm::Forward {
-                out: acts.decoded.view_mut(),
-                mean: acts.decoded_mean.view_mut(),
-                rstd: acts.decoded_rstd.view_mut(),
-                inp: stream.view(),
-                select: Some(layer_norm::Select { ids: acts.ids_predicted.view(), prefix: PREFIX }),
-                weight: w(table.decoder_norm.weight),
-                bias: w(table.decoder_norm.bias),
-                eps: LAYER_NORM_EPS,
-            },
-        )?;
-        linear::forward(
-            dev,
-            linear::Forward {
-                out: acts.pred.view_mut(),
-                inp: acts.decoded.view(),
-                weight: w(table.decoder_pred.weight),
-                bias: w(table.decoder_pred.bias),
-                epilogue: linear::Epilogue::None,
-            },
-        )
+        let pos_embed = self.decoder_pos_embed.view();
+        decoder::forward(dev, weights, table, pos_embed, acts, workspace)
     }
 
     /// From `scratch.grad_pred` to the gradients of all weights, which accumulate into `grads`.
@@ -193,100 +183,39 @@ impl Mae {
         scratch: &mut Scratch,
         workspace: &mut Tensor,
     ) -> Result<()> {
-        let (table, w) = (&self.table, |index: usize| self.weights.view(index));
-        let Scratch { grad_pred, grad_decoded, decoder, grad_embedded, encoder } = scratch;
-        // decoder_pred.
-        let ids = table.decoder_pred;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        linear::backward(
-            dev,
-            linear::Backward {
-                grad_inp: linear::GradInput::Plain(grad_decoded.view_mut()),
-                grad_weight,
-                grad_bias,
-                grad_out: grad_pred.view(),
-                inp: acts.decoded.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
-            },
+        let (table, weights) = (&self.table, self.computed());
+        let w = |index: usize| weights.view(index);
+        let mut pass = block::Backward { dev, weights, grads, workspace };
+        pass.decoder(table, acts, scratch)?;
+        let Scratch { rows, encoder, .. } = scratch;
+        let (grad_embedded, _) = rows
+            .grad_stream
+            .view()
+            .split_at(acts.embedded.view().elems() / self.config.decoder_dim);
+        pass.linear(
+            table.decoder_embed,
+            acts.latent.view(),
+            grad_embedded,
+            linear::GradInput::Plain(encoder.grad_branch.view_mut()),
         )?;
-        // decoder_norm of the predicted patches: the other tokens' gradient is zero.
-        dev.clear(decoder.grad_stream.view_mut())?;
-        let ids = table.decoder_norm;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        layer_norm::backward(
-            dev,
-            layer_norm::Backward {
-                grad_inp: decoder.grad_stream.view_mut(),
-                grad_weight,
-                grad_bias,
-                grad_out: grad_decoded.view(),
-                inp: last(&acts.decoder_blocks, &acts.decoder_tokens).view(),
-                select: Some(layer_norm::Select { ids: acts.ids_predicted.view(), prefix: PREFIX }),
-                mean: acts.decoded_mean.view(),
-                rstd: acts.decoded_rstd.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
-            },
-        )?;
-        for (l, ids) in table.decoder_blocks.iter().enumerate().rev() {
-            let inp = last(&acts.decoder_blocks[..l], &acts.decoder_tokens).view();
-            let acts = &acts.decoder_blocks[l];
-            block::backward(dev, &self.weights, grads, ids, inp, acts, decoder, workspace)?;
-        }
-        // restore_tokens.
-        let [grad_mask_token] = grads.views_mut([table.mask_token]);
-        restore_tokens::backward(
-            dev,
-            restore_tokens::Backward {
-                grad_inp: grad_embedded.view_mut(),
-                grad_mask_token: grad_mask_token.reshaped(&[self.config.decoder_dim])?,
-                grad_out: decoder.grad_stream.view(),
-                ids_restore: acts.ids_restore.view(),
-                workspace: workspace.view_mut(),
-            },
-        )?;
-        // decoder_embed.
-        let ids = table.decoder_embed;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        linear::backward(
-            dev,
-            linear::Backward {
-                grad_inp: linear::GradInput::Plain(encoder.grad_branch.view_mut()),
-                grad_weight,
-                grad_bias,
-                grad_out: grad_embedded.view(),
-                inp: acts.latent.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
-            },
-        )?;
-        // norm.
         dev.clear(encoder.grad_stream.view_mut())?;
-        let ids = table.norm;
-        let [grad_weight, grad_bias] = grads.views_mut([ids.weight, ids.bias]);
-        layer_norm::backward(
-            dev,
-            layer_norm::Backward {
-                grad_inp: encoder.grad_stream.view_mut(),
-                grad_weight,
-                grad_bias,
-                grad_out: encoder.grad_branch.view(),
-                inp: last(&acts.blocks, &acts.tokens).view(),
-                select: None,
+        pass.norm(
+            table.norm,
+            Norm {
+                inp: decoder::stream(&acts.blocks, &acts.tokens).view(),
                 mean: acts.latent_mean.view(),
                 rstd: acts.latent_rstd.view(),
-                weight: w(ids.weight),
-                workspace: workspace.view_mut(),
             },
+            encoder.grad_branch.view(),
+            encoder.grad_stream.view_mut(),
         )?;
         for (l, ids) in table.blocks.iter().enumerate().rev() {
-            let inp = last(&acts.blocks[..l], &acts.tokens).view();
-            let acts = &acts.blocks[l];
-            block::backward(dev, &self.weights, grads, ids, inp, acts, encoder, workspace)?;
+            let inp = decoder::stream(&acts.blocks[..l], &acts.tokens).view();
+            pass.block(ids, inp, &acts.blocks[l], encoder)?;
         }
         // patch_embed.
         let (ids, dim) = (table.patch_embed, self.config.dim);
+        let block::Backward { grads, workspace, .. } = pass;
         let [grad_weight, grad_bias, grad_cls_token] =
             grads.views_mut([ids.weight, ids.bias, table.cls_token]);
         patch_embed::backward(
@@ -301,9 +230,4 @@ impl Mae {
             },
         )
     }
-}
-
-/// The residual stream after the last of `blocks`, or before the first.
-fn last<'a>(blocks: &'a [super::activations::BlockActivations], tokens: &'a Tensor) -> &'a Tensor {
-    blocks.last().map_or(tokens, |block| &block.out)
 }

@@ -3,6 +3,7 @@
 pub mod activations;
 mod block;
 pub mod config;
+mod decoder;
 pub mod mae;
 pub mod params;
 pub mod pos_embed;

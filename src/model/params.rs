@@ -2,12 +2,13 @@
 //!
 //! Names and shapes are those of the original MAE checkpoints.
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::MaeConfig;
-use crate::TensorList;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::Shape;
+use crate::{DType, Device, Result, TensorList, TensorMut};
 
 /// How a tensor starts (`initialize_weights` of the MAE source).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -253,7 +254,12 @@ impl Table {
     }
 
     /// Writes the initial values: functions of the seed and each tensor's name.
-    pub fn init(&self, weights: &mut TensorList, seed: u64) {
+    ///
+    /// # Errors
+    /// [`Error::Gpu`](crate::Error::Gpu).
+    pub fn init(&self, dev: &Device, weights: &mut TensorList, seed: u64) -> Result<()> {
+        // The padding between tensors counts in the gradient's norm and in the update.
+        dev.clear(weights.flat_mut())?;
         for (i, spec) in self.specs.iter().enumerate() {
             let stream = Stream::new(seed, 0, fnv1a(&spec.name), Purpose::Init);
             let value = |at: usize| match spec.init {
@@ -262,22 +268,23 @@ impl Table {
                 Init::Normal { std } => std * stream.normal(at as u32),
             };
             let [tensor] = weights.views_mut([i]);
-            write(tensor, value);
+            write(dev, tensor, value)?;
         }
+        Ok(())
     }
 }
 
-/// Sets element `i` to `value(i)`, in the tensor's dtype.
-pub(crate) fn write(tensor: crate::TensorMut<'_>, value: impl Fn(usize) -> f64 + Sync) {
+/// Sets element `i` of a tensor of real numbers to `value(i)`, rounded to its dtype.
+pub(crate) fn write(
+    dev: &Device,
+    tensor: TensorMut<'_>,
+    value: impl Fn(usize) -> f64 + Send + Sync,
+) -> Result<()> {
+    let all = (0..tensor.elems()).into_par_iter().map(value);
     match tensor.dtype() {
-        crate::DType::F64 => {
-            tensor.into_slice::<f64>().par_iter_mut().enumerate().for_each(|(at, x)| *x = value(at))
-        }
-        _ => tensor
-            .into_slice::<f32>()
-            .par_iter_mut()
-            .enumerate()
-            .for_each(|(at, x)| *x = value(at) as f32),
+        DType::F64 => dev.upload(tensor, &all.collect::<Vec<f64>>()),
+        DType::Bf16 => dev.upload(tensor, &all.map(bf16::from_f64).collect::<Vec<_>>()),
+        _ => dev.upload(tensor, &all.map(|x| x as f32).collect::<Vec<_>>()),
     }
 }
 

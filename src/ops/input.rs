@@ -3,6 +3,8 @@
 //! For pixel `x` on [0, 1] of the crop: `patches` and `target` hold `(x - mean) / std` of the kept and of the masked
 //! patches, `pixels` holds `x` of the whole crop. A patch of the encoder's input runs (channel, row, column), as a
 //! convolution's weight does; a patch of the target runs (row, column, channel), as MAE's `patchify` does.
+//!
+//! On a GPU `pixels` holds the bytes themselves, and nobody looks at `geometry` there: see [`check_geometry`].
 
 use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::Call;
@@ -52,7 +54,7 @@ pub struct Forward<'a> {
     pub images: TensorRef<'a>,
     /// `(B, 6)` i64, a [`Geometry`] each. A crop may reach over an edge by less than the image's extent.
     pub geometry: TensorRef<'a>,
-    /// `(B, K)` i32.
+    /// `(B, K)` i32, all different in an image.
     pub ids_keep: TensorRef<'a>,
     /// Mean of the colours, RGB on [0, 1].
     pub mean: [f64; 3],
@@ -69,12 +71,12 @@ pub enum Target<'a> {
     Raw {
         /// `(B, M, E)`, (row, column, channel). Overwritten.
         target: TensorMut<'a>,
-        /// `(B, M)` i32.
+        /// `(B, M)` i32, all different in an image.
         ids_masked: TensorRef<'a>,
     },
     /// A filtered image (PixMIM), made by [`super::low_freq_target`] from the pixels of the whole crop.
     Filtered {
-        /// `(B, 3, S, S)`, on [0, 1]. Overwritten.
+        /// `(B, 3, S, S)`, on [0, 1], or on a GPU u8 on 0 to 255. Overwritten.
         pixels: TensorMut<'a>,
     },
 }
@@ -83,14 +85,32 @@ pub enum Target<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a
-/// geometry or id outside its bounds.
+/// geometry or id outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
+}
+
+/// Refuses images that do not lie within `bytes` and crops of `side` (S) that leave them by more than one reflection.
+///
+/// [`forward`] asks this of geometry on the CPU. On a GPU it cannot, and reads what it is told to: ask before copying
+/// `rows` there.
+///
+/// # Errors
+/// [`Error::Invalid`], naming the image.
+pub fn check_geometry(rows: &[Geometry], bytes: usize, side: usize) -> Result<()> {
+    match rows.iter().position(|row| !row.fits(bytes as i64, side as i64)) {
+        None => Ok(()),
+        Some(image) => {
+            let row = rows[image];
+            let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
+            Err(Error::invalid("input::forward: geometry", why))
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -130,6 +150,10 @@ impl Forward<'_> {
             }
             Target::Filtered { pixels } => {
                 let [_, _, side, _] = pixels.dims(call, "target.pixels", "(B, 3, S, S)")?;
+                let dtype = match dev {
+                    Device::Cpu(_) => dtype,
+                    Device::Cuda(_) => DType::U8,
+                };
                 pixels.expect(call, "target.pixels", dtype, &[images, 3, side, side])?;
                 if side == 0 || side % patch_size != 0 {
                     let (arg, found) = ("target.pixels", pixels.shape().to_vec());
@@ -140,13 +164,12 @@ impl Forward<'_> {
             }
         };
         expect_ids(call, "ids_keep", &self.ids_keep, grid * grid)?;
-        let bytes = self.images.elems() as i64;
-        let rows: &[Geometry] = bytemuck::cast_slice(self.geometry.as_slice::<i64>());
-        for (image, row) in rows.iter().enumerate() {
-            if !row.fits(bytes, (grid * patch_size) as i64) {
-                let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
-                return Err(Error::invalid("input::forward: geometry", why));
+        match dev {
+            Device::Cpu(_) => {
+                let rows = bytemuck::cast_slice(self.geometry.as_slice::<i64>());
+                check_geometry(rows, self.images.elems(), grid * patch_size)?;
             }
+            Device::Cuda(gpu) => launch::expect_room(gpu, grid, patch_size)?,
         }
         Ok(Dims { kept, grid, patch_size, dtype })
     }
@@ -163,8 +186,8 @@ impl Geometry {
             from > -extent && from.checked_add(side).is_some_and(|end| end < 2 * extent)
         };
         self.offset >= 0
-            && (1..1 << 31).contains(&self.height)
-            && (1..1 << 31).contains(&self.width)
+            && (1..1 << 30).contains(&self.height)
+            && (1..1 << 30).contains(&self.width)
             && end.is_some_and(|end| end <= bytes)
             && reaches(self.top, self.height)
             && reaches(self.left, self.width)
@@ -272,5 +295,99 @@ mod cpu {
                 });
             }
         }
+    }
+}
+
+mod launch {
+    use super::{Dims, Forward, Target};
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::{DType, Error, Result};
+
+    /// As in `kernels/input.cu`.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct Params {
+        patches: DevPtr,
+        target: DevPtr,
+        pixels: DevPtr,
+        images: DevPtr,
+        geometry: DevPtr,
+        ids_keep: DevPtr,
+        ids_masked: DevPtr,
+        scale: [[f32; 2]; 3],
+        shift: [[f32; 2]; 3],
+        kept: u32,
+        masked: u32,
+        grid: u32,
+        patch_size: u32,
+        pitch: u32,
+        unused: u32,
+    }
+    const _: () = assert!(size_of::<Params>() == 128);
+
+    const BLOCK: u32 = 256;
+
+    /// Bytes of a row of a crop in shared memory: it starts anywhere between two aligned addresses.
+    fn pitch(side: usize) -> usize {
+        (3 * side + 15).next_multiple_of(16)
+    }
+
+    /// Rows of one row of patches, and the three tables.
+    fn shared_bytes(grid: usize, patch_size: usize) -> usize {
+        let side = grid * patch_size;
+        patch_size * pitch(side) + size_of::<u32>() * (patch_size + side + grid)
+    }
+
+    /// Refuses patches of which shared memory does not hold a row.
+    pub(super) fn expect_room(gpu: &Gpu, grid: usize, patch_size: usize) -> Result<()> {
+        let (needed, most) = (shared_bytes(grid, patch_size), gpu.properties().shared_bytes);
+        if needed <= most as usize {
+            return Ok(());
+        }
+        let why = format!(
+            "is {patch_size}: a row of {grid} patches needs {needed} bytes of shared memory, of which this GPU has \
+             {most}; take smaller patches or crops"
+        );
+        Err(Error::invalid("input::forward: patch_size", why))
+    }
+
+    /// The nearest f32, and what it lacks.
+    fn in_two_parts(x: f64) -> [f32; 2] {
+        let high = x as f32;
+        [high, (x - f64::from(high)) as f32]
+    }
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let Dims { kept, grid, patch_size, dtype } = dims;
+        let none = DevPtr::default();
+        let (target, ids_masked, pixels, masked) = match &args.target {
+            Target::Raw { target, ids_masked } => {
+                (target.dev_ptr(), ids_masked.dev_ptr(), none, ids_masked.shape()[1])
+            }
+            Target::Filtered { pixels } => (none, none, pixels.dev_ptr(), 0),
+        };
+        let params = Params {
+            patches: args.patches.dev_ptr(),
+            target,
+            pixels,
+            images: args.images.dev_ptr(),
+            geometry: args.geometry.dev_ptr(),
+            ids_keep: args.ids_keep.dev_ptr(),
+            ids_masked,
+            scale: args.std.map(|std| in_two_parts(1.0 / (255.0 * std))),
+            shift: std::array::from_fn(|c| in_two_parts(-args.mean[c] / args.std[c])),
+            kept: kept as u32,
+            masked: masked as u32,
+            grid: grid as u32,
+            patch_size: patch_size as u32,
+            pitch: pitch(grid * patch_size) as u32,
+            unused: 0,
+        };
+        let kernel = match dtype {
+            DType::Bf16 => "input_forward_bf16",
+            _ => "input_forward_f32",
+        };
+        let blocks = args.patches.shape()[0] * grid;
+        gpu.launch(kernel, blocks, BLOCK, shared_bytes(grid, patch_size), &params)
     }
 }

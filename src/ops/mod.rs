@@ -14,7 +14,9 @@
 //! | [`linear`] | product, bias, GELU, residual | input (times GELU'), weight, bias |
 //! | [`gelu`] | stand-alone GELU | input |
 //! | [`attention`] | packed queries, keys, values to mixed values | queries, keys, values |
-//! | [`restore_tokens`] | kept tokens and mask tokens to decoder tokens | kept tokens, mask token |
+//! | [`add_positions`] | kept tokens and mask tokens to rows with positions | mask token |
+//! | [`restore_tokens`] | kept and mask rows to decoder tokens | kept rows, mask rows |
+//! | [`gather_tokens`] | decoder tokens to the masked ones | decoder tokens |
 //! | [`masked_mse_loss`] | loss and its gradient in one pass | |
 //! | [`grad_norm`] | L2 norm of all gradients | |
 //! | [`adamw`] | one update of all parameters | |
@@ -28,8 +30,10 @@
 //! Gradients of parameters accumulate, of activations overwrite, of the residual stream accumulate.
 
 pub mod adamw;
+pub mod add_positions;
 pub mod attention;
 pub mod cast;
+pub mod gather_tokens;
 pub mod gelu;
 pub mod grad_norm;
 pub mod input;
@@ -67,6 +71,36 @@ fn expect_nonzero(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::
         return Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() });
     }
     Ok(())
+}
+
+/// Refuses rows that a GPU could not read 16 bytes at a time in every dtype.
+fn expect_vectors(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::Result<()> {
+    match (call.dev, shape.last()) {
+        (crate::Device::Cuda(_), Some(width)) if !width.is_multiple_of(8) => {
+            let expected = "a last dimension that is a multiple of 8: a GPU takes no other".into();
+            Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How kernels that move rows of tokens are launched: a warp takes a row, a block neighbouring rows of one image, 16 bytes
+/// of a row are a chunk. As in `kernels/common/rows.cuh`.
+mod rows {
+    use crate::DType;
+
+    const ROWS: usize = 4;
+    pub(super) const THREADS: u32 = 32 * ROWS as u32;
+
+    /// Blocks of an image of so many rows.
+    pub(super) fn blocks(rows: usize) -> usize {
+        rows.div_ceil(ROWS)
+    }
+
+    /// Chunks of a row, which [`expect_vectors`](super::expect_vectors) has found to be whole.
+    pub(super) fn chunks(dtype: DType, width: usize) -> u32 {
+        (width * dtype.size_bytes() / 16) as u32
+    }
 }
 
 /// Numbers of an RGB patch (E = 3 P P). A side whose square overflows is refused: it would pass for a small one.

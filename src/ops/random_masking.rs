@@ -24,7 +24,8 @@ pub enum Noise<'a> {
         /// `(B)` i64: sample ids.
         samples: TensorRef<'a>,
     },
-    /// `(B, G)` f64, one value for each of the `G` blocks, ascending order first; none NaN.
+    /// `(B, G)` f64, one value for each of the `G` blocks, ascending order first; none NaN. For the CPU only: it repeats
+    /// orders drawn elsewhere.
     Given(TensorRef<'a>),
 }
 
@@ -54,20 +55,24 @@ pub fn kept(patches: usize, mask_ratio: f64) -> usize {
 /// Bytes of workspace that [`forward`] needs for `images` (B) of `patches` (L).
 #[must_use]
 pub fn workspace_bytes(dev: &Device, images: usize, patches: usize) -> usize {
-    carve_bytes(DType::I64, images * patches)
+    match dev {
+        Device::Cpu(_) => carve_bytes(DType::I64, images * patches),
+        // It sorts in shared memory.
+        Device::Cuda(_) => 0,
+    }
 }
 
 /// Draws which patches are kept.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say and `L` is a square;
-/// [`Error::Invalid`] for a block that is empty or larger than the image, or noise that holds NaN;
-/// [`Error::Workspace`].
+/// [`Error::Invalid`] for a block that is empty or larger than the image, noise that holds NaN, and on a GPU noise that is
+/// given or more blocks than its shared memory sorts; [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => cpu(args, dims),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -110,12 +115,19 @@ impl Forward<'_> {
                 epoch.expect(call, "noise.epoch", DType::I64, &[1])?;
                 samples.expect(call, "noise.samples", DType::I64, &[images])?;
             }
+            Noise::Given(_) if matches!(dev, Device::Cuda(_)) => {
+                let why = "is given, which only the CPU takes; a GPU draws it from a seed";
+                return Err(Error::invalid("random_masking: noise", why));
+            }
             Noise::Given(noise) => {
                 noise.expect(call, "noise", DType::F64, &[images, blocks * blocks])?;
                 if noise.as_slice::<f64>().iter().any(|x| x.is_nan()) {
                     return Err(Error::invalid("random_masking: noise", "holds NaN"));
                 }
             }
+        }
+        if let Device::Cuda(gpu) = dev {
+            launch::expect_room(gpu, blocks)?;
         }
         expect_workspace(call, &self.workspace, workspace_bytes(dev, images, patches))?;
         Ok(Dims { images, patches, kept, grid, blocks })
@@ -169,4 +181,72 @@ fn patches_of_block(id: usize, block: usize, dims: Dims) -> impl Iterator<Item =
     let (x, y) = (id % dims.blocks * block, id / dims.blocks * block);
     (x..(x + block).min(grid))
         .flat_map(move |x| (y..(y + block).min(grid)).map(move |y| y * grid + x))
+}
+
+mod launch {
+    use super::{Dims, Forward, Noise};
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::{Error, Result};
+
+    /// As in `kernels/random_masking.cu`.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct Params {
+        ids_keep: DevPtr,
+        ids_masked: DevPtr,
+        ids_restore: DevPtr,
+        epoch: DevPtr,
+        samples: DevPtr,
+        seed: u64,
+        kept: u32,
+        grid: u32,
+        block: u32,
+        blocks: u32,
+        slots: u32,
+        unused: u32,
+    }
+    const _: () = assert!(size_of::<Params>() == 72);
+
+    /// Keys that one image sorts: a Philox block makes four.
+    fn slots(blocks: usize) -> Option<usize> {
+        blocks.checked_mul(blocks)?.checked_next_power_of_two().map(|slots| slots.max(4))
+    }
+
+    /// Refuses more blocks along a side than shared memory has room for.
+    pub(super) fn expect_room(gpu: &Gpu, blocks: usize) -> Result<()> {
+        let most = gpu.properties().shared_bytes as usize / size_of::<u64>();
+        if slots(blocks).is_some_and(|slots| slots <= most) {
+            return Ok(());
+        }
+        let why = format!(
+            "leaves {blocks} x {blocks} blocks of an image, of which this GPU sorts {}; take a larger block",
+            1usize << most.ilog2()
+        );
+        Err(Error::invalid("random_masking: block", why))
+    }
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let Noise::Drawn { seed, epoch, samples } = args.noise else {
+            unreachable!("checked: a GPU draws")
+        };
+        let slots = slots(dims.blocks).expect("checked: they have room");
+        let params = Params {
+            ids_keep: args.ids_keep.dev_ptr(),
+            ids_masked: args.ids_masked.dev_ptr(),
+            ids_restore: args.ids_restore.dev_ptr(),
+            epoch: epoch.dev_ptr(),
+            samples: samples.dev_ptr(),
+            seed,
+            kept: dims.kept as u32,
+            grid: dims.grid as u32,
+            block: args.block as u32,
+            blocks: dims.blocks as u32,
+            slots: slots as u32,
+            unused: 0,
+        };
+        // A thread for each pair of keys.
+        let block = (slots / 2).clamp(32, 1024) as u32;
+        let shared_bytes = slots * size_of::<u64>();
+        gpu.launch("random_masking_forward", dims.images, block, shared_bytes, &params)
+    }
 }

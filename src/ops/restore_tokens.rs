@@ -1,59 +1,49 @@
-//! The decoder's input: kept tokens back at their places, the mask token everywhere else, positions added.
+//! Kept tokens back at their places, a row of its own for each masked place: the decoder's tokens.
 //!
-//! `out[b][0] = inp[b][0] + pos_embed[0]`; for patch `l` with place `r = ids_restore[b][l]`:
-//! `out[b][1 + l] = (r < K ? inp[b][1 + r] : mask_token) + pos_embed[1 + l]`.
+//! `out[b][0] = inp[b][0]`; for patch `l` with place `r = ids_restore[b][l]`: `out[b][1 + l] = inp[b][1 + r]` if `r < K`,
+//! else `fill[l]`. What stands at a masked patch depends on its position alone, so whatever the decoder computes of one
+//! token by itself, it computes once for each position and not for each image.
 
-use super::{expect_ids, expect_nonzero, for_real};
+use super::{expect_ids, expect_nonzero, expect_vectors, for_real};
 use crate::device::Call;
-use crate::tensor::{carve_bytes, expect_workspace};
-use crate::{DType, Device, Result, TensorMut, TensorRef};
+use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
-/// Arguments of [`forward`].
+/// Arguments of [`forward`]. W is the width of a row: D for tokens, 3 D for packed queries, keys and values.
 #[derive(Debug)]
 pub struct Forward<'a> {
-    /// `(B, 1 + L, D)`. Overwritten.
+    /// `(B, 1 + L, W)`. Overwritten.
     pub out: TensorMut<'a>,
-    /// `(B, 1 + K, D)`.
+    /// `(B, 1 + K, W)`, the class token first.
     pub inp: TensorRef<'a>,
+    /// `(L, W)`: what stands at each patch of the images that mask it.
+    pub fill: TensorRef<'a>,
     /// `(B, L)` i32.
     pub ids_restore: TensorRef<'a>,
-    /// `(D)`.
-    pub mask_token: TensorRef<'a>,
-    /// `(1 + L, D)`.
-    pub pos_embed: TensorRef<'a>,
 }
 
 /// Arguments of [`backward`].
 #[derive(Debug)]
 pub struct Backward<'a> {
-    /// `(B, 1 + K, D)`. Overwritten.
+    /// `(B, 1 + K, W)`. Overwritten.
     pub grad_inp: TensorMut<'a>,
-    /// `(D)`. Accumulates.
-    pub grad_mask_token: TensorMut<'a>,
-    /// `(B, 1 + L, D)`.
+    /// `(L, W)`: for each patch the sum over the images that mask it. Overwritten.
+    pub grad_fill: TensorMut<'a>,
+    /// `(B, 1 + L, W)`.
     pub grad_out: TensorRef<'a>,
     /// `(B, L)` i32: a permutation of `0..L` in each row, as [`super::random_masking`] makes it.
     pub ids_restore: TensorRef<'a>,
-    /// At least [`workspace_bytes`].
-    pub workspace: TensorMut<'a>,
-}
-
-/// Bytes of workspace that [`backward`] needs for `images` (B) of width `dim` (D).
-#[must_use]
-pub fn workspace_bytes(dev: &Device, dtype: DType, images: usize, dim: usize) -> usize {
-    carve_bytes(dtype, images * dim)
 }
 
 /// Puts tokens back.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds.
+/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say, and on a GPU W is a multiple of 8;
+/// [`Error::Invalid`] for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -61,12 +51,12 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// Gradients of [`forward`].
 ///
 /// # Errors
-/// As [`forward`]; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
+/// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -76,27 +66,27 @@ struct Dims {
     images: usize,
     kept: usize,
     patches: usize,
-    dim: usize,
+    width: usize,
     dtype: DType,
 }
 
 fn dims(
     call: Call<'_>,
-    inp: (&'static str, &[usize], DType),
+    (arg, inp, dtype): (&'static str, &[usize], DType),
     ids_restore: &TensorRef<'_>,
 ) -> Result<Dims> {
-    let (arg, shape, dtype) = inp;
     let [images, patches] = ids_restore.dims(call, "ids_restore", "(B, L)")?;
     ids_restore.expect(call, "ids_restore", DType::I32, &[images, patches])?;
     expect_nonzero(call, "ids_restore", &[images, patches])?;
-    expect_ids(call, "ids_restore", &ids_restore, patches)?;
-    match *shape {
-        [b, tokens, dim] if b == images && (1..=1 + patches).contains(&tokens) && dim > 0 => {
-            Ok(Dims { images, kept: tokens - 1, patches, dim, dtype })
+    expect_ids(call, "ids_restore", ids_restore, patches)?;
+    match *inp {
+        [b, tokens, width] if b == images && (1..=1 + patches).contains(&tokens) && width > 0 => {
+            expect_vectors(call, arg, inp)?;
+            Ok(Dims { images, kept: tokens - 1, patches, width, dtype })
         }
         _ => {
-            let expected = format!("[{images}, 1 to {}, D]", 1 + patches);
-            Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() })
+            let expected = format!("[{images}, 1 to {}, W]", 1 + patches);
+            Err(Error::Shape { op: call.op, arg, expected, found: inp.to_vec() })
         }
     }
 }
@@ -106,10 +96,10 @@ impl Forward<'_> {
         let call = Call { op: "restore_tokens::forward", dev };
         let dtype = self.inp.expect_real(call, "inp")?;
         let dims = dims(call, ("inp", self.inp.shape(), dtype), &self.ids_restore)?;
-        let Dims { images, patches, dim, .. } = dims;
-        self.out.expect(call, "out", dtype, &[images, 1 + patches, dim])?;
-        self.mask_token.expect(call, "mask_token", dtype, &[dim])?;
-        self.pos_embed.expect(call, "pos_embed", dtype, &[1 + patches, dim])?;
+        let Dims { images, kept, patches, width, .. } = dims;
+        self.out.expect(call, "out", dtype, &[images, 1 + patches, width])?;
+        self.inp.expect(call, "inp", dtype, &[images, 1 + kept, width])?;
+        self.fill.expect(call, "fill", dtype, &[patches, width])?;
         Ok(dims)
     }
 }
@@ -119,10 +109,10 @@ impl Backward<'_> {
         let call = Call { op: "restore_tokens::backward", dev };
         let dtype = self.grad_inp.expect_real(call, "grad_inp")?;
         let dims = dims(call, ("grad_inp", self.grad_inp.shape(), dtype), &self.ids_restore)?;
-        let Dims { images, patches, dim, .. } = dims;
-        self.grad_out.expect(call, "grad_out", dtype, &[images, 1 + patches, dim])?;
-        self.grad_mask_token.expect(call, "grad_mask_token", dtype.wide(), &[dim])?;
-        expect_workspace(call, &self.workspace, workspace_bytes(dev, dtype, images, dim))?;
+        let Dims { images, kept, patches, width, .. } = dims;
+        self.grad_inp.expect(call, "grad_inp", dtype, &[images, 1 + kept, width])?;
+        self.grad_fill.expect(call, "grad_fill", dtype, &[patches, width])?;
+        self.grad_out.expect(call, "grad_out", dtype, &[images, 1 + patches, width])?;
         Ok(dims)
     }
 }
@@ -131,48 +121,131 @@ mod cpu {
     use rayon::prelude::*;
 
     use super::{Backward, Dims, Forward};
-    use crate::cpu::{Real, add_rows, simd};
+    use crate::cpu::{Real, simd};
 
     pub(super) fn forward<T: Real>(args: Forward<'_>, dims: Dims) {
-        let Dims { kept, patches, dim, .. } = dims;
-        let (mask_token, pos) = (args.mask_token.as_slice::<T>(), args.pos_embed.as_slice::<T>());
-        let inp = args.inp.as_slice::<T>().par_chunks((1 + kept) * dim);
+        let Dims { kept, patches, width, .. } = dims;
+        let fill = args.fill.as_slice::<T>();
+        let inp = args.inp.as_slice::<T>().par_chunks((1 + kept) * width);
         let ids = args.ids_restore.as_slice::<i32>().par_chunks(patches);
-        let out = args.out.into_slice::<T>().par_chunks_mut((1 + patches) * dim);
+        let out = args.out.into_slice::<T>().par_chunks_mut((1 + patches) * width);
         out.zip(inp).zip(ids).for_each(|((out, inp), ids)| {
-            simd!(|| {
-                for (t, out) in out.chunks_exact_mut(dim).enumerate() {
-                    // Token 0 is the class token, wherever the patches stand.
-                    let place = if t == 0 { 0 } else { 1 + ids[t - 1] as usize };
-                    let token = if place <= kept { &inp[place * dim..][..dim] } else { mask_token };
-                    for ((y, &x), &pos) in out.iter_mut().zip(token).zip(&pos[t * dim..]) {
-                        *y = x + pos;
-                    }
-                }
-            });
+            let (class, out) = out.split_at_mut(width);
+            class.copy_from_slice(&inp[..width]);
+            let places = ids.iter().map(|&place| place as usize);
+            for ((out, fill), place) in
+                out.chunks_exact_mut(width).zip(fill.chunks_exact(width)).zip(places)
+            {
+                let kept_token = || &inp[(1 + place) * width..][..width];
+                out.copy_from_slice(if place < kept { kept_token() } else { fill });
+            }
         });
     }
 
     pub(super) fn backward<T: Real>(args: Backward<'_>, dims: Dims) {
-        let Dims { images, kept, patches, dim, .. } = dims;
-        let (partials, _) = args.workspace.carve::<T>(images * dim);
-        let ids = args.ids_restore.as_slice::<i32>().par_chunks(patches);
-        let grad_out = args.grad_out.as_slice::<T>().par_chunks((1 + patches) * dim);
-        let grad_inp = args.grad_inp.into_slice::<T>().par_chunks_mut((1 + kept) * dim);
-        let sums = partials.par_chunks_mut(dim);
-        grad_inp.zip(sums).zip(grad_out.zip(ids)).for_each(|((grad_inp, sum), (grad_out, ids))| {
+        let Dims { kept, patches, width, .. } = dims;
+        let grad_out = args.grad_out.as_slice::<T>();
+        let ids = args.ids_restore.as_slice::<i32>();
+        let images = || grad_out.par_chunks((1 + patches) * width).zip(ids.par_chunks(patches));
+        let grad_inp = args.grad_inp.into_slice::<T>().par_chunks_mut((1 + kept) * width);
+        grad_inp.zip(images()).for_each(|(grad_inp, (grad_out, ids))| {
+            let (class, tokens) = grad_out.split_at(width);
+            grad_inp[..width].copy_from_slice(class);
+            for (grad, &place) in tokens.chunks_exact(width).zip(ids) {
+                let place = place as usize;
+                if place < kept {
+                    grad_inp[(1 + place) * width..][..width].copy_from_slice(grad);
+                }
+            }
+        });
+        // Threads take patches, so that the images are always summed in the same order.
+        let grad_fill = args.grad_fill.into_slice::<T>().par_chunks_mut(width);
+        grad_fill.enumerate().for_each(|(l, sum)| {
             sum.fill(T::ZERO);
+            let images = grad_out.chunks_exact((1 + patches) * width);
             simd!(|| {
-                for (t, grad) in grad_out.chunks_exact(dim).enumerate() {
-                    let place = if t == 0 { 0 } else { 1 + ids[t - 1] as usize };
-                    if place <= kept {
-                        grad_inp[place * dim..][..dim].copy_from_slice(grad);
-                    } else {
+                for (grad_out, ids) in images.zip(ids.chunks_exact(patches)) {
+                    if ids[l] as usize >= kept {
+                        let grad = &grad_out[(1 + l) * width..];
                         sum.iter_mut().zip(grad).for_each(|(sum, &g)| *sum = *sum + g);
                     }
                 }
             });
         });
-        add_rows(args.grad_mask_token.into_slice(), partials);
+    }
+}
+
+mod launch {
+    use super::{Backward, Dims, Forward};
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::ops::rows;
+    use crate::{DType, Result};
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct RestoreTokensForward {
+        out: DevPtr,
+        inp: DevPtr,
+        fill: DevPtr,
+        ids_restore: DevPtr,
+        patches: u32,
+        kept: u32,
+        chunks: u32,
+        blocks: u32,
+    }
+    const _: () = assert!(size_of::<RestoreTokensForward>() == 48);
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct RestoreTokensBackward {
+        grad_inp: DevPtr,
+        grad_fill: DevPtr,
+        grad_out: DevPtr,
+        ids_restore: DevPtr,
+        images: u32,
+        patches: u32,
+        kept: u32,
+        width: u32,
+        stripes: u64,
+    }
+    const _: () = assert!(size_of::<RestoreTokensBackward>() == 56);
+
+    /// Bytes of a row that a block of `restore_tokens_backward_*` takes: 16 for each lane.
+    const STRIPE_BYTES: usize = 512;
+    const BACKWARD_THREADS: u32 = 256;
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let blocks = rows::blocks(1 + dims.patches);
+        let params = RestoreTokensForward {
+            out: args.out.dev_ptr(),
+            inp: args.inp.dev_ptr(),
+            fill: args.fill.dev_ptr(),
+            ids_restore: args.ids_restore.dev_ptr(),
+            patches: dims.patches as u32,
+            kept: dims.kept as u32,
+            chunks: rows::chunks(dims.dtype, dims.width),
+            blocks: blocks as u32,
+        };
+        gpu.launch("restore_tokens_forward", dims.images * blocks, rows::THREADS, 0, &params)
+    }
+
+    pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> {
+        let stripes = (dims.width * dims.dtype.size_bytes()).div_ceil(STRIPE_BYTES);
+        let params = RestoreTokensBackward {
+            grad_inp: args.grad_inp.dev_ptr(),
+            grad_fill: args.grad_fill.dev_ptr(),
+            grad_out: args.grad_out.dev_ptr(),
+            ids_restore: args.ids_restore.dev_ptr(),
+            images: dims.images as u32,
+            patches: dims.patches as u32,
+            kept: dims.kept as u32,
+            width: dims.width as u32,
+            stripes: stripes as u64,
+        };
+        let kernel = match dims.dtype {
+            DType::Bf16 => "restore_tokens_backward_bf16",
+            _ => "restore_tokens_backward_f32",
+        };
+        gpu.launch(kernel, (1 + dims.patches) * stripes, BACKWARD_THREADS, 0, &params)
     }
 }

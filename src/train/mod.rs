@@ -3,6 +3,7 @@
 mod canvas;
 pub mod checkpoint;
 pub mod config;
+mod feed;
 mod files;
 mod font;
 pub mod metrics;

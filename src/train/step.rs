@@ -1,7 +1,9 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
+use super::feed::{Feed, Inputs, Recorded};
 use crate::TensorList;
 use crate::model::activations::Batch;
+use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
@@ -81,6 +83,12 @@ pub struct Trainer {
     filtered: Option<(Tensor, Filter)>,
     scalars: Scalars,
     workspace: Tensor,
+    /// On a GPU: its copy of the micro-batch, and the step as recorded work.
+    feed: Option<Feed>,
+    micro_work: Recorded,
+    update_work: Recorded,
+    /// What the recorded work was recorded for.
+    micro_batches: usize,
     memory_bytes: usize,
 }
 
@@ -124,21 +132,32 @@ impl Trainer {
         let images = settings.micro_batch;
         let masked = config.patches() - settings.kept;
         let batch = Batch { images, kept: settings.kept, predicted: masked };
-        let filter = settings.radius.map(|r| Filter::new(config.image_size, r)).transpose()?;
+        let filter =
+            settings.radius.map(|r| Filter::new(&dev, config.image_size, r)).transpose()?;
         let (exp_avg, moment_bytes) = mae.like_weights(&dev, "first moments")?;
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
+        // A GPU filters bytes, exactly.
+        let pixel_dtype = if matches!(dev, Device::Cpu(_)) { dtype } else { DType::U8 };
         let ((acts, target, pixels), act_bytes) = Arena::build(&dev, "activations", |arena| {
             let side = config.image_size;
             let acts = Activations::new(arena, dtype, &config, batch);
-            let target = arena.tensor(dtype, &[images, masked, config.patch_numbers()]);
-            let pixels = filter.as_ref().map(|_| arena.tensor(dtype, &[images, 3, side, side]));
+            let target = arena.tensor(dtype.wide(), &[images, masked, config.patch_numbers()]);
+            let pixels =
+                filter.as_ref().map(|_| arena.tensor(pixel_dtype, &[images, 3, side, side]));
             (acts, target, pixels)
         })?;
         let mut needed =
             mae.workspace_bytes(&dev, batch).max(grad_norm::workspace_bytes(&dev, grads.elems()));
         if let Some(filter) = &filter {
-            needed = needed.max(low_freq_target::workspace_bytes(&dev, dtype, images, filter));
+            let exact = dtype != DType::Bf16;
+            needed = needed.max(low_freq_target::workspace_bytes(
+                &dev,
+                pixel_dtype,
+                images,
+                filter,
+                exact,
+            ));
         }
         let ((scratch, scalars, workspace), scratch_bytes) =
             Arena::build(&dev, "workspace", |arena| {
@@ -161,6 +180,10 @@ impl Trainer {
             filtered: pixels.zip(filter),
             scalars,
             workspace,
+            feed: None,
+            micro_work: Recorded::New,
+            update_work: Recorded::New,
+            micro_batches: 0,
             // Weights, gradients and both moments are of one size.
             memory_bytes: 4 * moment_bytes + act_bytes + scratch_bytes,
         })
@@ -178,14 +201,35 @@ impl Trainer {
         &self.dev
     }
 
-    /// Adds the gradient of one of the `micro_batches` of a step.
+    /// Adds the gradient of one of the `micro_batches` of a step. On a GPU it is enqueued, and the batch's memory may be
+    /// reused at once.
     ///
     /// # Errors
     /// Those of the ops, if the batch does not fit the settings.
     pub fn accumulate(&mut self, batch: MicroBatch<'_>, micro_batches: usize) -> Result<()> {
+        self.dev.upload(self.scalars.epoch.view_mut(), &[i64::from(batch.epoch)])?;
+        let Device::Cuda(gpu) = self.dev.clone() else {
+            return self.micro_step(Inputs::on_host(batch)?, micro_batches);
+        };
+        let mut feed = match self.feed.take() {
+            Some(feed) if feed.holds(batch) && self.micro_batches == micro_batches => feed,
+            _ => {
+                self.micro_work = Recorded::New;
+                self.micro_batches = micro_batches;
+                // Photos differ in size: some room, so that a larger batch need not be recorded anew.
+                Feed::new(&self.dev, self.settings.micro_batch, batch.images.len() / 4 * 5)?
+            }
+        };
+        feed.fill(&self.dev, batch, self.mae.config().image_size)?;
+        let mut work = std::mem::take(&mut self.micro_work);
+        let done = work.run(&gpu, || self.micro_step(feed.inputs(), micro_batches));
+        (self.feed, self.micro_work) = (Some(feed), work);
+        done
+    }
+
+    /// Enqueues one micro-batch.
+    fn micro_step(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
         let Self { dev, settings, acts, scratch, scalars, workspace, .. } = self;
-        dev.upload(scalars.epoch.view_mut(), &[i64::from(batch.epoch)])?;
-        let images = settings.micro_batch;
         let patch_size = self.mae.config().patch_size;
         // Which patches the encoder sees.
         random_masking::forward(
@@ -197,7 +241,7 @@ impl Trainer {
                 noise: random_masking::Noise::Drawn {
                     seed: settings.seed,
                     epoch: scalars.epoch.view(),
-                    samples: TensorRef::new(batch.samples, &[images])?,
+                    samples: inputs.samples,
                 },
                 block: settings.mask_block,
                 workspace: workspace.view_mut(),
@@ -215,8 +259,8 @@ impl Trainer {
                         ids_masked: acts.ids_predicted.view(),
                     },
                 },
-                images: TensorRef::new(batch.images, &[batch.images.len()])?,
-                geometry: TensorRef::new(batch.geometry, &[images, input::GEOMETRY_FIELDS])?,
+                images: inputs.images,
+                geometry: inputs.geometry,
                 ids_keep: acts.ids_keep.view(),
                 mean: settings.mean,
                 std: settings.std,
@@ -235,6 +279,7 @@ impl Trainer {
                     mean: settings.mean,
                     std: settings.std,
                     patch_size,
+                    exact: self.mae.dtype() != DType::Bf16,
                     workspace: workspace.view_mut(),
                 },
             )?;
@@ -261,8 +306,26 @@ impl Trainer {
     /// # Errors
     /// Those of the ops.
     pub fn update(&mut self, lr: f64) -> Result<Outcome> {
+        self.dev.upload(self.scalars.lr.view_mut(), &[lr])?;
+        match self.dev.clone() {
+            Device::Cuda(gpu) => {
+                let mut work = std::mem::take(&mut self.update_work);
+                let done = work.run(&gpu, || self.enqueue_update());
+                self.update_work = work;
+                done?;
+            }
+            Device::Cpu(_) => self.enqueue_update()?,
+        }
+        let (dev, scalars) = (&self.dev, &self.scalars);
+        Ok(Outcome {
+            loss: dev.scalar(scalars.loss.view())?,
+            grad_norm: dev.scalar(scalars.norm.view())?,
+            updated: dev.scalar(scalars.coefficients.view().split_at(1).0)? != 0.0,
+        })
+    }
+
+    fn enqueue_update(&mut self) -> Result<()> {
         let Self { dev, settings, grads, scalars, .. } = self;
-        dev.upload(scalars.lr.view_mut(), &[lr])?;
         grad_norm::forward(
             dev,
             grad_norm::Forward {
@@ -286,20 +349,24 @@ impl Trainer {
         // Decaying tensors lie before the others.
         let decaying = self.mae.table().decaying(settings.decay_tokens);
         let split = self.mae.weights.offset(decaying);
-        let [param, exp_avg, exp_avg_sq] =
-            [&mut self.mae.weights, &mut self.exp_avg, &mut self.exp_avg_sq]
-                .map(|list| list.flat_mut().split_at(split));
-        let grad = grads.flat().split_at(split);
-        let groups = [
-            (param.0, exp_avg.0, exp_avg_sq.0, grad.0, settings.weight_decay),
-            (param.1, exp_avg.1, exp_avg_sq.1, grad.1, 0.0),
-        ];
-        for (param, exp_avg, exp_avg_sq, grad, weight_decay) in groups {
+        let mut parts = [&mut self.mae.weights, &mut self.exp_avg, &mut self.exp_avg_sq]
+            .map(|list| <[_; 2]>::from(list.flat_mut().split_at(split)))
+            .map(|part| part.into_iter());
+        let copies = match &mut self.mae.rounded {
+            Some(list) => <[_; 2]>::from(list.flat_mut().split_at(split)).map(Some),
+            None => [None, None],
+        };
+        let grads = <[_; 2]>::from(grads.flat().split_at(split));
+        for ((copy, grad), weight_decay) in
+            copies.into_iter().zip(grads).zip([settings.weight_decay, 0.0])
+        {
+            let [param, exp_avg, exp_avg_sq] =
+                parts.each_mut().map(|part| part.next().expect("two groups"));
             adamw::update(
                 dev,
                 adamw::Update {
                     param,
-                    copy: None,
+                    copy,
                     exp_avg,
                     exp_avg_sq,
                     grad,
@@ -310,11 +377,7 @@ impl Trainer {
                 },
             )?;
         }
-        Ok(Outcome {
-            loss: dev.scalar(scalars.loss.view())?,
-            grad_norm: dev.scalar(scalars.norm.view())?,
-            updated: dev.scalar(scalars.coefficients.view().split_at(1).0)? != 0.0,
-        })
+        Ok(())
     }
 
     /// Updates done: what Adam's bias correction counts.
@@ -343,13 +406,20 @@ impl Trainer {
     }
 
     /// Norm of each tensor's accumulated gradient, with its name: to find where a non-finite one came from.
-    #[must_use]
-    pub fn grad_norms(&self) -> Vec<(String, f64)> {
-        let squares = |tensor: TensorRef<'_>| match tensor.dtype() {
-            DType::F64 => tensor.as_slice::<f64>().iter().map(|g| g * g).sum::<f64>(),
-            _ => tensor.as_slice::<f32>().iter().map(|&g| f64::from(g) * f64::from(g)).sum(),
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    pub fn grad_norms(&self) -> Result<Vec<(String, f64)>> {
+        let squares = |tensor: TensorRef<'_>| -> Result<f64> {
+            Ok(match tensor.dtype() {
+                DType::F64 => self.dev.read::<f64>(tensor)?.iter().map(|g| g * g).sum(),
+                _ => self.dev.read::<f32>(tensor)?.iter().map(|&g| f64::from(g).powi(2)).sum(),
+            })
         };
         let specs = self.mae.table().specs().iter().enumerate();
-        specs.map(|(i, spec)| (spec.name.clone(), squares(self.grads.view(i)).sqrt())).collect()
+        let norm = |(i, spec): (usize, &Spec)| {
+            Ok((spec.name.clone(), squares(self.grads.view(i))?.sqrt()))
+        };
+        specs.map(norm).collect()
     }
 }

@@ -101,7 +101,7 @@ pub(crate) struct Tiny {
     pub(crate) mae: Mae,
     pub(crate) acts: Activations,
     pub(crate) scratch: Scratch,
-    pub(crate) grads: pixmim::tensor::TensorList,
+    pub(crate) grads: pixmim::TensorList,
     pub(crate) target: Vec<f64>,
     workspace: Tensor,
 }
@@ -110,7 +110,7 @@ impl Tiny {
     /// Weights, image and masks of the golden values, in f64; the target filtered or not.
     pub(crate) fn new(order: &Order, radius: Option<f64>) -> Self {
         let dev = Device::cpu();
-        let mut mae = Mae::new(CONFIG, DType::F64, 0).unwrap();
+        let mut mae = Mae::new(&Device::cpu(), CONFIG, DType::F64, 0).unwrap();
         let specs = mae.table().specs().to_vec();
         for (i, spec) in specs.iter().enumerate() {
             let [tensor] = mae.weights.views_mut([i]);
@@ -121,15 +121,16 @@ impl Tiny {
             }
         }
         let pixels: Vec<f64> = (0..2 * 3 * 64).map(|i| hashed("image", i)).collect();
-        let needed = workspace_bytes(DType::F64, &CONFIG, BATCH).max(1 << 20);
-        let ((mut acts, scratch, mut workspace), _) = Arena::build("test", |arena| {
-            (
-                Activations::new(arena, DType::F64, &CONFIG, BATCH),
-                Scratch::new(arena, DType::F64, &CONFIG, BATCH),
-                arena.tensor(DType::U8, &[needed]),
-            )
-        })
-        .unwrap();
+        let needed = workspace_bytes(&Device::cpu(), DType::F64, &CONFIG, BATCH).max(1 << 20);
+        let ((mut acts, scratch, mut workspace), _) =
+            Arena::build(&Device::cpu(), "test", |arena| {
+                (
+                    Activations::new(arena, DType::F64, &CONFIG, BATCH),
+                    Scratch::new(arena, DType::F64, &CONFIG, BATCH),
+                    arena.tensor(DType::U8, &[needed]),
+                )
+            })
+            .unwrap();
         match order {
             Order::Noise => {
                 let noise: Vec<f64> = (0..32).map(|i| hashed("noise", i)).collect();
@@ -180,10 +181,11 @@ impl Tiny {
                     target: TensorMut::new(&mut target, &[2, 12, 12]).unwrap(),
                     pixels: TensorRef::new(&pixels, &[2, 3, 8, 8]).unwrap(),
                     ids_masked,
-                    filter: &Filter::new(8, radius).unwrap(),
+                    filter: &Filter::new(&dev, 8, radius).unwrap(),
                     mean: MEAN,
                     std: STD,
                     patch_size: 2,
+                    exact: true,
                     workspace: workspace.view_mut(),
                 },
             )
@@ -196,13 +198,13 @@ impl Tiny {
                 *out = normal(row / 12, c, id / 4 * 2 + y, id % 4 * 2 + x);
             }
         }
-        let (grads, _) = mae.like_weights("gradients").unwrap();
+        let (grads, _) = mae.like_weights(&Device::cpu(), "gradients").unwrap();
         Self { dev, mae, acts, scratch, grads, target, workspace }
     }
 
     /// One forward and backward pass; gradients are set to zero first. Returns the loss.
     pub(crate) fn step(&mut self, norm_pix: bool) -> f64 {
-        self.grads.flat_mut().clear();
+        self.dev.clear(self.grads.flat_mut()).unwrap();
         let mut loss = [0.0];
         self.mae.forward(&self.dev, &mut self.acts, &mut self.workspace).unwrap();
         masked_mse_loss::forward_backward(
@@ -245,8 +247,20 @@ impl Tiny {
     }
 
     /// AdamW as in MAE's source (tokens decay), on moments as long as the flat weights.
-    pub(crate) fn update(&mut self, moments: &mut [Vec<f64>; 2], step: u64) {
+    pub(crate) fn update(&mut self, moments: &mut [Vec<f64>; 2], step: i64) {
         let norm = [self.grad_norm()];
+        let (mut updates, mut coefficients) = ([step - 1], [f64::NAN; adamw::COEFFICIENTS]);
+        let prepare = adamw::Prepare {
+            coefficients: TensorMut::new(&mut coefficients, &[adamw::COEFFICIENTS]).unwrap(),
+            step: TensorMut::new(&mut updates, &[1]).unwrap(),
+            lr: TensorRef::new(&[0.01], &[1]).unwrap(),
+            loss: TensorRef::new(&[1.0], &[1]).unwrap(),
+            grad_norm: TensorRef::new(&norm, &[1]).unwrap(),
+            clip: 0.0,
+            betas: [0.9, 0.95],
+        };
+        adamw::prepare(&self.dev, prepare).unwrap();
+        assert_eq!(updates, [step]);
         let decaying = self.mae.table().decaying(true);
         let split = self.mae.weights.offset(decaying);
         let all = self.grads.flat().elems();
@@ -258,17 +272,15 @@ impl Tiny {
             adamw::update(
                 &self.dev,
                 adamw::Update {
+                    copy: None,
                     param: TensorMut::new(&mut weights[range.clone()], &shape).unwrap(),
                     exp_avg: TensorMut::new(&mut exp_avg[range.clone()], &shape).unwrap(),
                     exp_avg_sq: TensorMut::new(&mut exp_avg_sq[range.clone()], &shape).unwrap(),
                     grad: TensorRef::new(&grads[range], &shape).unwrap(),
-                    grad_norm: TensorRef::new(&norm, &[1]).unwrap(),
-                    clip: 0.0,
-                    lr: 0.01,
+                    coefficients: TensorRef::new(&coefficients, &[adamw::COEFFICIENTS]).unwrap(),
                     betas: [0.9, 0.95],
                     eps: 1e-8,
                     weight_decay,
-                    step,
                 },
             )
             .unwrap();

@@ -1,9 +1,9 @@
 //! The gradient of the whole network against finite differences, and what its loss does not depend on.
 
+use pixmim::TensorList;
 use pixmim::model::activations::{Batch, workspace_bytes};
 use pixmim::model::{Activations, Mae, MaeConfig, Scratch};
 use pixmim::ops::masked_mse_loss;
-use pixmim::tensor::TensorList;
 use pixmim::{Arena, DType, Device, Tensor, TensorMut, TensorRef};
 
 use crate::golden::hashed;
@@ -39,7 +39,7 @@ struct Net {
 
 impl Net {
     fn new(orders: [[i32; PATCHES]; IMAGES], kept: usize, norm_pix: bool) -> Self {
-        let mut mae = Mae::new(CONFIG, DType::F64, 0).unwrap();
+        let mut mae = Mae::new(&Device::cpu(), CONFIG, DType::F64, 0).unwrap();
         let specs = mae.table().specs().to_vec();
         for (i, spec) in specs.iter().enumerate() {
             let [tensor] = mae.weights.views_mut([i]);
@@ -49,8 +49,8 @@ impl Net {
             }
         }
         let batch = Batch { images: IMAGES, kept, predicted: PATCHES - kept };
-        let needed = workspace_bytes(DType::F64, &CONFIG, batch);
-        let ((mut acts, scratch, workspace), _) = Arena::build("test", |arena| {
+        let needed = workspace_bytes(&Device::cpu(), DType::F64, &CONFIG, batch);
+        let ((mut acts, scratch, workspace), _) = Arena::build(&Device::cpu(), "test", |arena| {
             (
                 Activations::new(arena, DType::F64, &CONFIG, batch),
                 Scratch::new(arena, DType::F64, &CONFIG, batch),
@@ -80,7 +80,7 @@ impl Net {
                 .copy_from_slice(&seen);
             target.extend(masked.iter().flat_map(|&id| pixels("target", b, id)));
         }
-        let (grads, _) = mae.like_weights("gradients").unwrap();
+        let (grads, _) = mae.like_weights(&Device::cpu(), "gradients").unwrap();
         let dev = Device::cpu();
         Self { dev, mae, batch, acts, scratch, grads, target, workspace, norm_pix }
     }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use pixmim::DType;
 use pixmim::model::params::Table;
 use pixmim::model::{Mae, MaeConfig};
+use pixmim::{DType, Device};
 
 /// ViT-Ti/16 with a decoder of its own width.
 const VIT_TINY_PATCH16: MaeConfig = MaeConfig {
@@ -100,7 +100,7 @@ fn names_and_shapes_are_those_of_the_original_checkpoints() {
     found.sort();
     assert_eq!(found, expected);
 
-    let mae = Mae::new(ODD, DType::F32, 0).unwrap();
+    let mae = Mae::new(&Device::cpu(), ODD, DType::F32, 0).unwrap();
     assert_eq!(mae.pos_embed.shape(), [10, 12]);
     assert_eq!(mae.decoder_pos_embed.shape(), [10, 8]);
 }
@@ -152,7 +152,7 @@ fn initial_values_are_drawn_as_mae_draws_them() {
         decoder_heads: 2,
         ..ODD
     };
-    let mae = Mae::new(config, DType::F32, 7).unwrap();
+    let mae = Mae::new(&Device::cpu(), config, DType::F32, 7).unwrap();
     for (i, spec) in mae.table().specs().iter().enumerate() {
         let name = &spec.name;
         let view = mae.weights.view(i);
@@ -186,7 +186,7 @@ fn initial_values_are_drawn_as_mae_draws_them() {
 #[test]
 fn initial_values_follow_the_seed_and_differ_between_tensors() {
     let first = |seed: u64| {
-        let mae = Mae::new(ODD, DType::F64, seed).unwrap();
+        let mae = Mae::new(&Device::cpu(), ODD, DType::F64, seed).unwrap();
         let first = |(i, name): (usize, &str)| {
             (name.to_owned(), mae.weights.view(i).as_slice::<f64>()[0].to_bits())
         };

@@ -1,7 +1,8 @@
 //! `AdamW` against its formula, step by step; what a bad gradient may not do.
 
-use pixmim::ops::adamw::{Update, update};
-use pixmim::{DType, Error, Result};
+use half::bf16;
+use pixmim::ops::adamw::{COEFFICIENTS, Prepare, Update, prepare, update};
+use pixmim::{DType, Result};
 
 use crate::common::{
     Guarded, Real, close, cpu, normal, same_on_any_threads, scale, uniform, view, widen,
@@ -18,14 +19,16 @@ struct State<T> {
 
 #[derive(Clone, Copy)]
 struct Hyper {
+    loss: f64,
     norm: f64,
     clip: f64,
     lr: f64,
     weight_decay: f64,
-    step: u64,
+    step: i64,
 }
 
-const HYPER: Hyper = Hyper { norm: 1.0, clip: 0.0, lr: 1e-3, weight_decay: 0.05, step: 1 };
+const HYPER: Hyper =
+    Hyper { loss: 1.0, norm: 1.0, clip: 0.0, lr: 1e-3, weight_decay: 0.05, step: 1 };
 const BETAS: [f64; 2] = [0.9, 0.95];
 const EPS: f64 = 1e-8;
 
@@ -41,25 +44,50 @@ impl<T: Real> State<T> {
         let mut buffers =
             [param, exp_avg, exp_avg_sq].map(|values| (Guarded::holding(values, &shape), values));
         let [(p, _), (m, _), (v, _)] = &mut buffers;
-        let norm = [T::of(hyper.norm)];
+        let mut copy = Guarded::poisoned(&shape);
+        let coefficients = coefficients::<T>(hyper);
         let args = Update {
             param: p.view(),
+            copy: Some(copy.view()),
             exp_avg: m.view(),
             exp_avg_sq: v.view(),
             grad: view(grad, &shape),
-            grad_norm: view(&norm, &[1]),
-            clip: hyper.clip,
-            lr: hyper.lr,
+            coefficients: view(&coefficients, &[COEFFICIENTS]),
             betas: BETAS,
             eps: EPS,
             weight_decay: hyper.weight_decay,
-            step: hyper.step,
         };
         update(&cpu(), args).unwrap();
+        if coefficients[0] == T::of(1.0) {
+            let rounded: Vec<_> = p.values().iter().map(|x| bf16::from_f64(x.f64())).collect();
+            assert_eq!(copy.values(), rounded);
+        } else {
+            assert!(copy.values().iter().all(|x: &bf16| x.is_nan()), "the copy stays as it was");
+        }
         for (buffer, values) in buffers {
             *values = buffer.values();
         }
     }
+}
+
+fn coefficients<T: Real>(hyper: Hyper) -> Vec<T> {
+    let mut coefficients = Guarded::<T>::poisoned(&[COEFFICIENTS]);
+    let mut step = Guarded::holding(&[hyper.step - 1], &[1]);
+    let (lr, loss, norm) = ([hyper.lr], [T::of(hyper.loss)], [T::of(hyper.norm)]);
+    let args = Prepare {
+        coefficients: coefficients.view(),
+        step: step.view(),
+        lr: view(&lr, &[1]),
+        loss: view(&loss, &[1]),
+        grad_norm: view(&norm, &[1]),
+        clip: hyper.clip,
+        betas: BETAS,
+    };
+    prepare(&cpu(), args).unwrap();
+    let coefficients = coefficients.values();
+    let is_taken = coefficients[0] == T::of(1.0);
+    assert_eq!(step.values(), [hyper.step - i64::from(!is_taken)], "counts the steps taken");
+    coefficients
 }
 
 /// The formula of `torch.optim.AdamW`, written down once more.
@@ -76,8 +104,8 @@ fn reference(state: &mut State<f64>, grad: &[f64], hyper: Hyper) {
     }
 }
 
-fn gradient<T: Real>(step: u64, elems: usize) -> Vec<T> {
-    normal(100 + step, &[elems], 0.1, 1.0)
+fn gradient<T: Real>(step: i64, elems: usize) -> Vec<T> {
+    normal(100 + step as u64, &[elems], 0.1, 1.0)
 }
 
 #[test]
@@ -114,15 +142,18 @@ fn the_first_step_goes_by_the_learning_rate_against_the_gradient() {
 }
 
 #[test]
-fn a_norm_that_is_not_finite_changes_no_bit() {
+fn a_loss_or_norm_that_is_not_finite_changes_no_bit() {
     let mut state = State::<f32>::new(37);
     state.update(&gradient(1, 37), HYPER);
     let before = state.clone();
-    for norm in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+    let bad = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+    // The square of 1e20 is no f32.
+    let norms = bad.iter().chain(&[1e20]).map(|&norm| Hyper { norm, ..HYPER });
+    for hyper in norms.chain(bad.iter().map(|&loss| Hyper { loss, ..HYPER })) {
         for clip in [0.0, 1.0] {
             let mut grad = gradient::<f32>(2, 37);
             grad[5] = f32::NAN;
-            state.update(&grad, Hyper { norm, clip, step: 2, ..HYPER });
+            state.update(&grad, Hyper { clip, step: 2, ..hyper });
             assert_eq!(state, before);
         }
     }
@@ -152,7 +183,7 @@ fn a_learning_rate_of_zero_moves_the_moments_only() {
 
 #[test]
 fn late_steps_need_no_correction() {
-    for step in [1 << 20, u64::from(u32::MAX), u64::MAX] {
+    for step in [1 << 20, i64::from(u32::MAX), i64::MAX] {
         let (mut got, mut want) = (State::<f64>::new(37), State::<f64>::new(37));
         got.update(&gradient(1, 37), Hyper { step, ..HYPER });
         reference(&mut want, &gradient(1, 37), Hyper { step, ..HYPER });
@@ -176,20 +207,18 @@ fn threads_change_no_bit() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let call = |t: &mut [Any], step: u64| -> Result<()> {
-        let [param, exp_avg, exp_avg_sq, grad, grad_norm] = t else { unreachable!() };
+    let call = |t: &mut [Any]| -> Result<()> {
+        let [param, exp_avg, exp_avg_sq, grad, coefficients, copy] = t else { unreachable!() };
         let args = Update {
             param: param.view_mut(),
+            copy: Some(copy.view_mut()),
             exp_avg: exp_avg.view_mut(),
             exp_avg_sq: exp_avg_sq.view_mut(),
             grad: grad.view(),
-            grad_norm: grad_norm.view(),
-            clip: 0.0,
-            lr: 1e-3,
+            coefficients: coefficients.view(),
             betas: BETAS,
             eps: EPS,
             weight_decay: 0.05,
-            step,
         };
         update(&cpu(), args)
     };
@@ -198,10 +227,29 @@ fn what_does_not_fit_is_refused() {
         arg("exp_avg", DType::F32, &[37]),
         arg("exp_avg_sq", DType::F32, &[37]),
         arg("grad", DType::F32, &[37]),
+        arg("coefficients", DType::F32, &[COEFFICIENTS]),
+        arg("copy", DType::Bf16, &[37]),
+    ];
+    refuses_what_does_not_fit("adamw::update", &args, &call);
+    let call = |t: &mut [Any]| -> Result<()> {
+        let [coefficients, step, lr, loss, grad_norm] = t else { unreachable!() };
+        let args = Prepare {
+            coefficients: coefficients.view_mut(),
+            step: step.view_mut(),
+            lr: lr.view(),
+            loss: loss.view(),
+            grad_norm: grad_norm.view(),
+            clip: 0.0,
+            betas: BETAS,
+        };
+        prepare(&cpu(), args)
+    };
+    let args = [
+        arg("coefficients", DType::F32, &[COEFFICIENTS]),
+        arg("step", DType::I64, &[1]),
+        arg("lr", DType::F64, &[1]),
+        arg("loss", DType::F32, &[1]),
         arg("grad_norm", DType::F32, &[1]),
     ];
-    refuses_what_does_not_fit("adamw", &args, &|t| call(t, 1));
-    let err = refusal(&args, &|t| call(t, 0), "grad", Any::new(DType::F32, &[37]));
-    assert!(matches!(err, Error::Invalid { .. }));
-    assert_eq!(err.to_string(), "`adamw: step` is 0, must count this update: 1 at first");
+    refuses_what_does_not_fit("adamw::prepare", &args, &call);
 }

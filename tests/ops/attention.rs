@@ -51,7 +51,7 @@ impl Size {
 fn attend<T: Real>(size: Size, qkv: &[T]) -> [Vec<T>; 2] {
     let mut out = Guarded::poisoned(&size.out());
     let mut lse = Guarded::poisoned(&size.lse());
-    let mut work = workspace(workspace_bytes(T::DTYPE, size.images, size.tokens));
+    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, size.images, size.tokens));
     let args = Forward {
         out: out.view(),
         lse: lse.view(),
@@ -66,7 +66,7 @@ fn attend<T: Real>(size: Size, qkv: &[T]) -> [Vec<T>; 2] {
 fn grad<T: Real>(size: Size, qkv: &[T], grad_out: &[T]) -> Vec<T> {
     let [out, lse] = attend(size, qkv);
     let mut grad_qkv = Guarded::poisoned(&size.qkv());
-    let mut work = workspace(workspace_bytes(T::DTYPE, size.images, size.tokens));
+    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, size.images, size.tokens));
     let args = Backward {
         grad_qkv: grad_qkv.view(),
         grad_out: view(grad_out, &size.out()),
@@ -304,7 +304,7 @@ fn threads_change_no_bit() {
 fn what_does_not_fit_is_refused() {
     let size = size(2, 5, 3, 5);
     let real = |name, shape: &[usize]| arg(name, DType::F32, shape);
-    let work = || workspace_arg(workspace_bytes(DType::F32, 2, 5));
+    let work = || workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, 5));
     let args =
         [real("out", &size.out()), real("lse", &size.lse()), real("qkv", &size.qkv()), work()];
     let call = |t: &mut [Any]| -> Result<()> {

@@ -160,6 +160,11 @@ pub(crate) fn workspace(bytes: usize) -> Guarded<u8> {
     Guarded::poisoned(&[bytes])
 }
 
+/// For ops that need none on the CPU.
+pub(crate) fn no_workspace<'a>() -> TensorMut<'a> {
+    TensorMut::new::<u8>(&mut [], &[0]).expect("no element")
+}
+
 /// Largest magnitude, the scale that errors are measured by.
 pub(crate) fn scale(values: &[f64]) -> f64 {
     values.iter().fold(0.0, |a, x| a.max(x.abs()))

@@ -10,7 +10,7 @@ use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit, workspace_arg
 
 fn norm<T: Real>(grad: &[T]) -> T {
     let mut norm = Guarded::poisoned(&[1]);
-    let mut work = workspace(workspace_bytes(grad.len()));
+    let mut work = workspace(workspace_bytes(&cpu(), grad.len()));
     let args =
         Forward { norm: norm.view(), grad: view(grad, &[grad.len()]), workspace: work.view() };
     forward(&cpu(), args).unwrap();
@@ -55,7 +55,7 @@ fn threads_change_no_bit() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let needed = workspace_bytes(70_000);
+    let needed = workspace_bytes(&cpu(), 70_000);
     let args = [
         arg("norm", DType::F32, &[1]),
         arg("grad", DType::F32, &[70_000]).free(&[0]),

@@ -99,7 +99,7 @@ impl<T: Real> Case<T> {
         let mut grad_inp = Guarded::holding(&self.grad_before, &[images, tokens, dim]);
         let mut grad_weight = Guarded::holding(&zeros, &[dim]);
         let mut grad_bias = Guarded::holding(&zeros, &[dim]);
-        let mut work = workspace(workspace_bytes(T::DTYPE, images, dim));
+        let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, dim));
         let args = Backward {
             grad_inp: grad_inp.view(),
             grad_weight: grad_weight.view(),
@@ -249,7 +249,7 @@ fn parameter_gradients_are_added_to_what_is_there() {
     let before: [Vec<f64>; 2] = [uniform(7, &[7]), uniform(8, &[7])];
     let mut grad_inp = Guarded::holding(&case.grad_before, &[3, 4, 7]);
     let [mut weight, mut bias] = before.clone().map(|values| Guarded::holding(&values, &[7]));
-    let mut work = workspace(workspace_bytes(DType::F64, 3, 7));
+    let mut work = workspace(workspace_bytes(&cpu(), DType::F64, 3, 7));
     let args = Backward {
         grad_inp: grad_inp.view(),
         grad_weight: weight.view(),
@@ -352,7 +352,7 @@ fn what_does_not_fit_is_refused() {
         real("mean", &[2, 3]),
         real("rstd", &[2, 3]),
         real("weight", &[7]),
-        workspace_arg(workspace_bytes(DType::F32, 2, 7)),
+        workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, 7)),
     ];
     refuses_what_does_not_fit("layer_norm::backward", &args, &|t| {
         let [grad_inp, grad_weight, grad_bias, grad_out, inp, ids, mean, rstd, weight, workspace] =

@@ -6,7 +6,7 @@ use pixmim::ops::linear::{Backward, Epilogue, Forward, GradInput, backward, forw
 use pixmim::{DType, Device, Result};
 
 use crate::common::{
-    Guarded, Real, close, close_as_naive, cpu, cpu_bf16, dot, for_any, gradcheck,
+    Guarded, Real, close, close_as_naive, cpu, cpu_bf16, dot, for_any, gradcheck, no_workspace,
     same_on_any_threads, scale, slopecheck, uniform, view,
 };
 use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit};
@@ -87,6 +87,7 @@ impl<T: Real> Layer<T> {
             grad_out: view(&self.grad_out, &[rows, outputs]),
             inp: view(&self.inp, &[rows, inputs]),
             weight: view(&self.weight, &[outputs, inputs]),
+            workspace: no_workspace(),
         };
         backward(dev, args).unwrap();
         [grad_inp.values(), grad_weight.values(), grad_bias.values()]
@@ -230,6 +231,7 @@ fn the_gradient_of_the_input_may_be_left_out() {
         grad_out: view(&layer.grad_out, &[5, 3]),
         inp: view(&layer.inp, &[5, 7]),
         weight: view(&layer.weight, &[3, 7]),
+        workspace: no_workspace(),
     };
     backward(&cpu(), args).unwrap();
     let [_, want_weight, want_bias] = layer.backward_from_zero(&cpu(), size, false);
@@ -389,7 +391,9 @@ fn what_does_not_fit_is_refused() {
         };
         let (grad_weight, grad_bias) = (grad_weight.view_mut(), grad_bias.view_mut());
         let (grad_out, inp, weight) = (grad_out.view(), inp.view(), weight.view());
-        backward(&cpu(), Backward { grad_inp, grad_weight, grad_bias, grad_out, inp, weight })
+        let workspace = no_workspace();
+        let args = Backward { grad_inp, grad_weight, grad_bias, grad_out, inp, weight, workspace };
+        backward(&cpu(), args)
     };
     for names in [&[][..], &["grad_inp"], &["grad_inp.grad", "grad_inp.pre"]] {
         refuses_what_does_not_fit("linear::backward", &args(names), &call);

@@ -6,9 +6,11 @@
 #![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
 
 mod adamw;
+mod add_positions;
 mod attention;
 mod cast;
 mod common;
+mod gather_tokens;
 mod gelu;
 mod grad_norm;
 mod input;

@@ -24,7 +24,7 @@ const NORM_PIX: How = How { norm_pix: true, ..PLAIN };
 fn run<T: Real>(shape: [usize; 3], pred: &[T], target: &[T], how: How) -> (T, Vec<T>) {
     let mut loss = Guarded::holding(&[T::of(how.before)], &[1]);
     let mut grad_pred = Guarded::poisoned(&shape);
-    let mut work = workspace(workspace_bytes(T::DTYPE, shape[0] * shape[1]));
+    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, shape[0] * shape[1]));
     let args = ForwardBackward {
         loss: loss.view(),
         grad_pred: grad_pred.view(),
@@ -177,7 +177,7 @@ fn what_does_not_fit_is_refused() {
             real("grad_pred", &[2, 3, numbers]),
             real("pred", &[2, 3, numbers]),
             real("target", &[2, 3, numbers]),
-            workspace_arg(workspace_bytes(DType::F32, 6)),
+            workspace_arg(workspace_bytes(&cpu(), DType::F32, 6)),
         ]
     };
     let call = |t: &mut [Any]| -> Result<()> {

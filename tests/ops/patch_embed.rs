@@ -43,7 +43,7 @@ impl<T: Real> Case<T> {
     fn forward(&self, dev: &Device) -> Vec<T> {
         let [images, all, kept, numbers, dim] = self.size;
         let mut out = Guarded::poisoned(&[images, 1 + kept, dim]);
-        let mut work = workspace(workspace_bytes(T::DTYPE, images, kept, dim));
+        let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, kept, dim));
         let args = Forward {
             out: out.view(),
             patches: view(&self.patches, &[images, kept, numbers]),
@@ -65,7 +65,7 @@ impl<T: Real> Case<T> {
         let mut grad_weight = Guarded::holding(before[0], &[dim, numbers]);
         let mut grad_bias = Guarded::holding(before[1], &[dim]);
         let mut grad_cls_token = Guarded::holding(before[2], &[dim]);
-        let mut work = workspace(workspace_bytes(T::DTYPE, images, kept, dim));
+        let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, kept, dim));
         let args = Backward {
             grad_weight: grad_weight.view(),
             grad_bias: grad_bias.view(),
@@ -220,7 +220,7 @@ fn threads_change_no_bit() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let real = |name, shape: &[usize]| arg(name, DType::F32, shape);
-    let work = || workspace_arg(workspace_bytes(DType::F32, 2, 3, 7));
+    let work = || workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, 3, 7));
     let args = [
         real("out", &[2, 4, 7]),
         real("patches", &[2, 3, 12]),

@@ -18,7 +18,7 @@ fn run(images: usize, patches: usize, kept: usize, block: usize, noise: Noise<'_
     let mut keep = Guarded::<i32>::poisoned(&[images, kept]);
     let mut masked = Guarded::<i32>::poisoned(&[images, patches - kept]);
     let mut restore = Guarded::<i32>::poisoned(&[images, patches]);
-    let mut work = workspace(workspace_bytes(images, patches));
+    let mut work = workspace(workspace_bytes(&cpu(), images, patches));
     let args = Forward {
         ids_keep: keep.view(),
         ids_masked: masked.view(),
@@ -36,10 +36,10 @@ fn given(patches: usize, kept: usize, block: usize, noise: &[f64]) -> Masks {
     run(1, patches, kept, block, Noise::Given(view(noise, &[1, noise.len()])))
 }
 
-fn drawn(seed: u64, epoch: u32, samples: &[i64], [patches, kept, block]: [usize; 3]) -> Masks {
+fn drawn(seed: u64, epoch: i64, samples: &[i64], [patches, kept, block]: [usize; 3]) -> Masks {
     let images = samples.len();
     let samples = view(samples, &[images]);
-    run(images, patches, kept, block, Noise::Drawn { seed, epoch, samples })
+    run(images, patches, kept, block, Noise::Drawn { seed, epoch: view(&[epoch], &[1]), samples })
 }
 
 /// The masks of one image whose patches come in this order.
@@ -123,7 +123,7 @@ fn drawn_masks_sort_the_words_of_their_stream() {
             let blocks = sorted_by(across * across, |i| words.word(i as u32));
             let order = order_of_blocks(grid, block, &blocks);
             let kept = kept(grid * grid, 0.75);
-            let masks = drawn(seed, epoch, &[sample], [grid * grid, kept, block]);
+            let masks = drawn(seed, i64::from(epoch), &[sample], [grid * grid, kept, block]);
             assert_eq!(masks, of_order(&order, kept), "{grid} {block} {sample}");
         }
     }
@@ -198,7 +198,7 @@ fn what_does_not_fit_is_refused() {
             ids("ids_masked", &[2, masked]),
             ids("ids_restore", &[2, kept + masked]),
             noise,
-            workspace_arg(workspace_bytes(2, kept + masked)),
+            workspace_arg(workspace_bytes(&cpu(), 2, kept + masked)),
         ]
     };
     let samples = || arg("noise.samples", DType::I64, &[2]);
@@ -206,7 +206,7 @@ fn what_does_not_fit_is_refused() {
     let call = |t: &mut [Any], drawn: bool, block| -> Result<()> {
         let [keep, masked, restore, noise, workspace] = t else { unreachable!() };
         let noise = match drawn {
-            true => Noise::Drawn { seed: 1, epoch: 0, samples: noise.view() },
+            true => Noise::Drawn { seed: 1, epoch: view(&[0i64], &[1]), samples: noise.view() },
             false => Noise::Given(noise.view()),
         };
         let args = Forward {

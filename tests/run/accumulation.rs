@@ -71,15 +71,19 @@ pub(crate) fn micro_batch(batch: &Batch) -> MicroBatch<'_> {
 /// Kept and masked patches of each sample, as a trainer with this seed draws them for one micro-batch.
 fn masks(batch: &Batch) -> Vec<Vec<i32>> {
     let images = batch.samples.len();
-    let ((mut keep, mut masked, mut restore, mut workspace), _) = Arena::build("test", |arena| {
-        (
-            arena.tensor(DType::I32, &[images, 4]),
-            arena.tensor(DType::I32, &[images, 12]),
-            arena.tensor(DType::I32, &[images, 16]),
-            arena.tensor(DType::U8, &[random_masking::workspace_bytes(images, 16)]),
-        )
-    })
-    .unwrap();
+    let ((mut keep, mut masked, mut restore, mut workspace), _) =
+        Arena::build(&Device::cpu(), "test", |arena| {
+            (
+                arena.tensor(DType::I32, &[images, 4]),
+                arena.tensor(DType::I32, &[images, 12]),
+                arena.tensor(DType::I32, &[images, 16]),
+                arena.tensor(
+                    DType::U8,
+                    &[random_masking::workspace_bytes(&Device::cpu(), images, 16)],
+                ),
+            )
+        })
+        .unwrap();
     random_masking::forward(
         &Device::cpu(),
         random_masking::Forward {
@@ -88,7 +92,7 @@ fn masks(batch: &Batch) -> Vec<Vec<i32>> {
             ids_restore: restore.view_mut(),
             noise: random_masking::Noise::Drawn {
                 seed: 5,
-                epoch: batch.epoch,
+                epoch: TensorRef::new(&[i64::from(batch.epoch)], &[1]).unwrap(),
                 samples: TensorRef::new(&batch.samples, &[images]).unwrap(),
             },
             block: 1,

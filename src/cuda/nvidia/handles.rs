@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 use crate::{Error, Result};
 
 /// What this file calls.
-pub(super) const SYMBOLS: [&str; 20] = [
+pub(super) const SYMBOLS: [&str; 21] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDevicePrimaryCtxRelease_v2",
@@ -23,6 +23,7 @@ pub(super) const SYMBOLS: [&str; 20] = [
     "cuMemAlloc_v2",
     "cuMemFreeHost",
     "cuMemFree_v2",
+    "cuMemGetInfo_v2",
     "cuMemHostAlloc",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
@@ -245,6 +246,16 @@ impl Drop for Event {
         // SAFETY: the probe found the symbol; `with_flags` made the event destroyed here.
         let _ = unsafe { sys::cuEventDestroy_v2(self.handle) };
     }
+}
+
+/// Bytes of the current GPU's memory that nobody has taken.
+#[expect(unsafe_code, reason = "calls into libcuda")]
+pub(super) fn available_bytes() -> Result<u64> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the probe found the symbol; writes two numbers.
+    let status = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) };
+    check("ask for its free memory", status)?;
+    Ok(free as u64)
 }
 
 /// Memory of the GPU. Not from a pool, so that sanitizers see its bounds.

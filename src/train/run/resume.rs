@@ -190,7 +190,7 @@ pub(super) fn dump(
     let folder = dir.join("dump");
     std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     let norms: BTreeMap<_, _> =
-        trainer.grad_norms().into_iter().map(|(name, norm)| (name, norm.to_string())).collect();
+        trainer.grad_norms()?.into_iter().map(|(name, norm)| (name, norm.to_string())).collect();
     let text = serde_json::json!({
         "step": state.step,
         "seed": state.seed,

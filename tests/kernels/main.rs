@@ -1,0 +1,16 @@
+//! Every op on a GPU: against the f64 CPU side, bit-equal under any schedule, inside its memory.
+//!
+//! The GPU is the host executor (`docs/executor.md`), which runs the same kernels and checks their every access; with
+//! `PIXMIM_TEST_DEVICE=cuda` it is a real one.
+
+#![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
+#![cfg(pixmim_simt)]
+
+mod adamw;
+mod common;
+mod gather_tokens;
+mod grad_norm;
+mod input;
+mod masked_mse_loss;
+mod random_masking;
+mod restore_tokens;
