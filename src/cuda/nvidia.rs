@@ -22,7 +22,7 @@ use self::kernels::{Kernels, Suspects};
 use crate::cuda::cublaslt::Plans;
 use crate::cuda::driver::{DevPtr, Driver, Graph, Launch, Matmul, Properties};
 use crate::cuda::kernels::FATBINS;
-use crate::cuda::probe;
+use crate::cuda::probe::{self, Found};
 use crate::{Error, Result};
 
 /// What a matrix product is called in messages.
@@ -78,14 +78,25 @@ impl Nvidia {
     }
 
     fn open(ordinal: usize, stream: impl FnOnce() -> Result<Stream>) -> Result<Self> {
-        let refuse = |why| Error::NoDevice { asked: format!("cuda:{ordinal}"), why };
-        let found = probe::probe().map_err(|reason| refuse(reason.to_string()))?;
+        let found = probe::probe().map_err(|reason| Error::NoDevice {
+            asked: format!("cuda:{ordinal}"),
+            why: reason.to_string(),
+        })?;
+        Self::start(found, ordinal, FATBINS, stream)
+    }
+
+    fn start(
+        found: &Found,
+        ordinal: usize,
+        fatbins: &[(&str, &'static [u8])],
+        stream: impl FnOnce() -> Result<Stream>,
+    ) -> Result<Self> {
+        let refuse = |why| Err(Error::NoDevice { asked: format!("cuda:{ordinal}"), why });
         let Some(gpu) = found.gpus.get(ordinal) else {
-            let last = found.gpus.len().saturating_sub(1);
-            return Err(refuse(format!("the driver shows GPUs 0 to {last}")));
+            return refuse(format!("the driver shows {} GPUs, counted from 0", found.gpus.len()));
         };
         if !gpu.is_new_enough() {
-            return Err(refuse(gpu.too_old().to_string()));
+            return refuse(gpu.too_old().to_string());
         }
         let context = Context::retain(ordinal)?;
         let stream = stream()?;
@@ -93,7 +104,7 @@ impl Nvidia {
             let why = format!("is not of the primary context of GPU {ordinal}; make it there");
             return Err(Error::invalid("stream", why));
         }
-        let kernels = Kernels::load(FATBINS, &gpu.name)?;
+        let kernels = Kernels::load(fatbins, &gpu.name)?;
         let plans = Plans::new(gpu, found)?;
         let uploads = Uploads::new()?;
         let properties = Properties {
@@ -271,3 +282,6 @@ impl Driver for Nvidia {
         Ok(Box::new(replay?))
     }
 }
+
+#[cfg(test)]
+mod tests;

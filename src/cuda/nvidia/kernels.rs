@@ -55,7 +55,7 @@ unsafe impl Sync for Function {}
 
 impl Kernels {
     /// Loads every fatbin. `gpu` is named in messages.
-    pub(super) fn load(fatbins: &[(&str, &[u8])], gpu: &str) -> Result<Self> {
+    pub(super) fn load(fatbins: &[(&str, &'static [u8])], gpu: &str) -> Result<Self> {
         let mut kernels = Self { functions: HashMap::new(), modules: Vec::new() };
         for (stem, image) in fatbins {
             let module = Module::load(stem, image, gpu)?;
@@ -151,11 +151,11 @@ unsafe impl Sync for Module {}
 
 impl Module {
     #[expect(unsafe_code, reason = "calls into libcuda")]
-    fn load(stem: &str, image: &[u8], gpu: &str) -> Result<Self> {
+    fn load(stem: &str, image: &'static [u8], gpu: &str) -> Result<Self> {
         let mut handle = ptr::null_mut();
         let start = image.as_ptr().cast::<c_void>();
         // SAFETY: the probe found the symbol; a context is current; the image is a whole fatbin, as nvcc wrote it, which
-        // states its own length; writes one pointer.
+        // states its own length, and stays where it is; writes one pointer.
         let status = unsafe { sys::cuModuleLoadData(&raw mut handle, start) };
         if status == sys::CUresult::CUDA_SUCCESS {
             return Ok(Self { handle });
