@@ -38,6 +38,8 @@ pub struct Settings {
     pub clip: f64,
     /// Seed of weights and masks.
     pub seed: u64,
+    /// On a GPU: whether a step's work is recorded once and then run again as a whole. Changes no bit.
+    pub record: bool,
 }
 
 /// The images of one micro-batch, as [`input`] reads them.
@@ -75,7 +77,8 @@ pub struct Trainer {
     pub exp_avg: TensorList,
     /// Second moments, as the weights.
     pub exp_avg_sq: TensorList,
-    grads: TensorList,
+    /// Accumulated gradients, as the weights.
+    pub grads: TensorList,
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
@@ -234,7 +237,8 @@ impl Trainer {
         };
         feed.fill(&self.dev, batch, self.mae.config().image_size)?;
         let mut work = std::mem::take(&mut self.micro_work);
-        let done = work.run(&gpu, || self.micro_step(feed.inputs(), micro_batches));
+        let record = self.settings.record;
+        let done = work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches));
         (self.feed, self.micro_work) = (Some(feed), work);
         done
     }
@@ -322,7 +326,7 @@ impl Trainer {
         match self.dev.clone() {
             Device::Cuda(gpu) => {
                 let mut work = std::mem::take(&mut self.update_work);
-                let done = work.run(&gpu, || self.enqueue_update());
+                let done = work.run(&gpu, self.settings.record, || self.enqueue_update());
                 self.update_work = work;
                 done?;
             }

@@ -239,6 +239,7 @@ fn settings(config: &Config, resolved: &Resolved) -> Settings {
         decay_tokens: config.optim.decay_tokens,
         clip: config.optim.clip_grad,
         seed: config.runtime.seed,
+        record: true,
     }
 }
 
