@@ -7,10 +7,12 @@
 #![cfg(pixmim_simt)]
 
 mod adamw;
+mod add_positions;
 mod common;
 mod gather_tokens;
 mod grad_norm;
 mod input;
 mod masked_mse_loss;
+mod patch_embed;
 mod random_masking;
 mod restore_tokens;
