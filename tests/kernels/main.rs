@@ -7,11 +7,9 @@
 #![cfg(pixmim_simt)]
 
 mod adamw;
-<<<<<<< HEAD
-mod cast;
-=======
+mod add_positions;
 mod attention;
->>>>>>> attn
+mod cast;
 mod common;
 mod gather_tokens;
 mod gelu;
@@ -20,5 +18,6 @@ mod input;
 mod layer_norm;
 mod linear;
 mod masked_mse_loss;
+mod patch_embed;
 mod random_masking;
 mod restore_tokens;

@@ -9,11 +9,11 @@ use crate::tensor::carve_bytes;
 use crate::{DType, Result, TensorMut, TensorRef};
 
 /// A matrix with nothing between its rows.
-fn dense(ptr: DevPtr, dtype: DType, cols: usize) -> Matrix {
+pub(in crate::ops) fn dense(ptr: DevPtr, dtype: DType, cols: usize) -> Matrix {
     Matrix { ptr, dtype, row_stride: cols, batch_stride: 0, transposed: false }
 }
 
-fn transposed(matrix: Matrix) -> Matrix {
+pub(in crate::ops) fn transposed(matrix: Matrix) -> Matrix {
     Matrix { transposed: true, ..matrix }
 }
 
