@@ -8,7 +8,9 @@
 
 mod adamw;
 mod common;
+mod gather_tokens;
 mod grad_norm;
 mod input;
 mod masked_mse_loss;
 mod random_masking;
+mod restore_tokens;
