@@ -283,8 +283,7 @@ fn what_does_not_fit_is_refused() {
         workspace_arg(workspace_bytes(&cpu(), DType::F32, 12, 7)),
     ];
     refuses_what_does_not_fit("layer_norm::backward", &args, &|t| {
-        let [grad_inp, grad_weight, grad_bias, grad_out, inp, mean, rstd, weight, workspace] =
-            t
+        let [grad_inp, grad_weight, grad_bias, grad_out, inp, mean, rstd, weight, workspace] = t
         else {
             unreachable!()
         };
