@@ -19,8 +19,8 @@ fn main() -> Result<()> {
     let pixels: Vec<f64> = (0..3 * SIDE * SIDE).map(image).collect();
 
     // The disc of radius 6 holds frequencies up to 6: the tables are made once, the op allocates nothing.
-    let filter = Filter::new(SIDE, 6.0)?;
-    let bytes = low_freq_target::workspace_bytes(&Device::cpu(), DType::F64, 1, &filter);
+    let filter = Filter::new(&Device::cpu(), SIDE, 6.0)?;
+    let bytes = low_freq_target::workspace_bytes(&Device::cpu(), DType::F64, 1, &filter, true);
     let (mut target, mut workspace) = (vec![0.0f64; 3 * SIDE * SIDE], vec![0u8; bytes]);
     low_freq_target::forward(
         &Device::cpu(),
@@ -32,6 +32,7 @@ fn main() -> Result<()> {
             mean: [0.0; 3],
             std: [1.0; 3],
             patch_size: SIDE, // the image is one patch: numbers come out as (row, column, channel)
+            exact: true,
             workspace: TensorMut::new(&mut workspace, &[bytes])?,
         },
     )?;

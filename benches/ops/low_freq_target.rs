@@ -11,12 +11,12 @@ pub(crate) fn bench(criterion: &mut Criterion) {
     for w in WORKLOADS {
         let side = w.config.image_size;
         let masks = Masks::new(&w);
-        let filter = Filter::new(side, w.radius()).unwrap();
+        let filter = Filter::new(&Device::cpu(), side, w.radius()).unwrap();
         let masked = w.config.patches() - w.kept();
         let mut target = zeros(DType::F32, &[w.images, masked, w.config.patch_numbers()]);
         let pixels = random(&[w.images, 3, side, side]);
         let workspace =
-            low_freq_target::workspace_bytes(&Device::cpu(), DType::F32, w.images, &filter);
+            low_freq_target::workspace_bytes(&Device::cpu(), DType::F32, w.images, &filter, true);
         let mut workspace = zeros(DType::U8, &[workspace]);
         // n kept frequencies an axis: rows to two parts, columns and back on stacked parts, rows back from four.
         let n = (0..side).filter(|&f| ((f as f64 + 0.5).powi(2) + 0.25) <= w.radius().powi(2));
@@ -34,6 +34,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                     mean: MEAN_STD.0,
                     std: MEAN_STD.1,
                     patch_size: w.config.patch_size,
+                    exact: true,
                     workspace: workspace.view_mut(),
                 },
             )

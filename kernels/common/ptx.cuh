@@ -136,6 +136,15 @@ DEV float sqrt_rn(float x) {
   return __builtin_sqrtf(x);
 #endif
 }
+DEV float sqrt_approx(float x) {  // to 2^-23 of itself; subnormal numbers are zero
+#ifdef __CUDACC__
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
 DEV float div_rn(float a, float b) {
 #ifdef __CUDACC__
   return __fdiv_rn(a, b);

@@ -132,7 +132,8 @@ impl Trainer {
         let images = settings.micro_batch;
         let masked = config.patches() - settings.kept;
         let batch = Batch { images, kept: settings.kept, predicted: masked };
-        let filter = settings.radius.map(|r| Filter::new(config.image_size, r)).transpose()?;
+        let filter =
+            settings.radius.map(|r| Filter::new(&dev, config.image_size, r)).transpose()?;
         let (exp_avg, moment_bytes) = mae.like_weights(&dev, "first moments")?;
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
@@ -149,7 +150,14 @@ impl Trainer {
         let mut needed =
             mae.workspace_bytes(&dev, batch).max(grad_norm::workspace_bytes(&dev, grads.elems()));
         if let Some(filter) = &filter {
-            needed = needed.max(low_freq_target::workspace_bytes(&dev, dtype, images, filter));
+            let exact = dtype != DType::Bf16;
+            needed = needed.max(low_freq_target::workspace_bytes(
+                &dev,
+                pixel_dtype,
+                images,
+                filter,
+                exact,
+            ));
         }
         let ((scratch, scalars, workspace), scratch_bytes) =
             Arena::build(&dev, "workspace", |arena| {
@@ -271,6 +279,7 @@ impl Trainer {
                     mean: settings.mean,
                     std: settings.std,
                     patch_size,
+                    exact: self.mae.dtype() != DType::Bf16,
                     workspace: workspace.view_mut(),
                 },
             )?;

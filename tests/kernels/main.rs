@@ -6,4 +6,11 @@
 #![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
 #![cfg(pixmim_simt)]
 
+mod adamw;
 mod common;
+mod gather_tokens;
+mod grad_norm;
+mod input;
+mod masked_mse_loss;
+mod random_masking;
+mod restore_tokens;

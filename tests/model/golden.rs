@@ -181,10 +181,11 @@ impl Tiny {
                     target: TensorMut::new(&mut target, &[2, 12, 12]).unwrap(),
                     pixels: TensorRef::new(&pixels, &[2, 3, 8, 8]).unwrap(),
                     ids_masked,
-                    filter: &Filter::new(8, radius).unwrap(),
+                    filter: &Filter::new(&dev, 8, radius).unwrap(),
                     mean: MEAN,
                     std: STD,
                     patch_size: 2,
+                    exact: true,
                     workspace: workspace.view_mut(),
                 },
             )

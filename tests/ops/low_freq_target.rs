@@ -24,7 +24,7 @@ fn targets<T: Real>(
     let images = pixels.len() / (3 * side * side);
     let masked = ids.len() / images;
     let mut target = Guarded::poisoned(&[images, masked, 3 * patch * patch]);
-    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, filter));
+    let mut work = workspace(workspace_bytes(&cpu(), T::DTYPE, images, filter, true));
     let args = Forward {
         target: target.view(),
         pixels: view(pixels, &[images, 3, side, side]),
@@ -33,6 +33,7 @@ fn targets<T: Real>(
         mean,
         std,
         patch_size: patch,
+        exact: true,
         workspace: work.view(),
     };
     forward(&cpu(), args).unwrap();
@@ -107,14 +108,14 @@ fn the_disc_keeps_the_bins_of_the_released_mask() {
         (16, 4.0, 52),
         (8, 2.0, 12),
     ] {
-        assert_eq!(Filter::new(size, radius).unwrap().kept_bins(), bins, "{size} {radius}");
+        assert_eq!(Filter::new(&cpu(), size, radius).unwrap().kept_bins(), bins, "{size} {radius}");
     }
 }
 
 #[test]
 fn a_small_ramp_gives_the_golden_rows() {
     let pixels = grey(8, |i, j| ((7 * i + 13 * j) % 32) as f64 / 31.0);
-    let out = filtered(&Filter::new(8, 2.0).unwrap(), &pixels, 2);
+    let out = filtered(&Filter::new(&cpu(), 8, 2.0).unwrap(), &pixels, 2);
     let first = [
         0.42337384, 0.46778965, 0.49464346, 0.46084107, 0.44771645, 0.49512646, 0.50719404,
         0.45305796,
@@ -137,7 +138,7 @@ fn a_large_pattern_gives_the_golden_values_and_statistics() {
             ((31 * i + 17 * j + 57 * c) % 256) as f64 / 255.0
         })
         .collect();
-    let out = filtered(&Filter::new(SIDE, 40.0).unwrap(), &pixels, 16);
+    let out = filtered(&Filter::new(&cpu(), SIDE, 40.0).unwrap(), &pixels, 16);
     for (i, want) in [
         (at(0, 0, 0), 0.3696986769),
         (at(0, 0, 1), 0.1688178901),
@@ -164,7 +165,7 @@ fn a_large_pattern_gives_the_golden_values_and_statistics() {
 fn at_the_rim_only_the_negative_frequency_is_kept() {
     let turn = std::f64::consts::TAU * 40.0 / 224.0;
     let pixels = grey(224, |_, j| 0.5 + 0.3 * (turn * j as f64).cos());
-    let out = filtered(&Filter::new(224, 40.0).unwrap(), &pixels, 16);
+    let out = filtered(&Filter::new(&cpu(), 224, 40.0).unwrap(), &pixels, 16);
     close("row 0", &out[..4], &[0.65, 0.58101855, 0.42305618, 0.35533198], 5e-9);
     // | 0.5 + 0.15 exp(-i turn j) |
     let want = grey(224, |_, j| {
@@ -181,8 +182,11 @@ fn what_lies_in_the_band_comes_back_exactly_and_what_does_not_vanishes() {
         0.5 + 0.2 * (3.0 * turn * i as f64).cos() + 0.1 * (5.0 * turn * j as f64).sin()
     };
     let high = |i: usize, j: usize| 0.1 * (90.0 * turn * (i + 2 * j) as f64).cos();
-    let out =
-        filtered(&Filter::new(224, 40.0).unwrap(), &grey(224, |i, j| low(i, j) + high(i, j)), 16);
+    let out = filtered(
+        &Filter::new(&cpu(), 224, 40.0).unwrap(),
+        &grey(224, |i, j| low(i, j) + high(i, j)),
+        16,
+    );
     close("image", &out, &grey(224, low), 5e-15);
 }
 
@@ -191,7 +195,7 @@ fn any_size_and_radius_give_the_formula_of_the_source() {
     for_any((1usize..=4, 1usize..=4, 0.75f64..9.0), |(grid, patch, radius)| {
         let side = grid * patch;
         let pixels: Vec<f64> = uniform(side as u64, &[2, 3, side, side]);
-        let filter = Filter::new(side, radius).unwrap();
+        let filter = Filter::new(&cpu(), side, radius).unwrap();
         let out = filtered(&filter, &pixels, patch);
         close("image", &out, &naive(side, radius, &pixels), 1e-13);
     });
@@ -201,7 +205,7 @@ fn any_size_and_radius_give_the_formula_of_the_source() {
 fn a_radius_that_reaches_the_corner_keeps_everything() {
     for side in [6, 9] {
         let radius = (side as f64 - 1.0) / 2f64.sqrt() + 1e-9;
-        let filter = Filter::new(side, radius).unwrap();
+        let filter = Filter::new(&cpu(), side, radius).unwrap();
         assert_eq!(filter.kept_bins(), side * side);
         let pixels: Vec<f64> = uniform(1, &[1, 3, side, side]);
         let want: Vec<f64> = pixels.iter().map(|x| x.abs()).collect();
@@ -212,7 +216,7 @@ fn a_radius_that_reaches_the_corner_keeps_everything() {
 #[test]
 fn a_constant_image_stays() {
     for (side, radius) in [(16, 4.0), (15, 0.0), (16, 0.75)] {
-        let filter = Filter::new(side, radius).unwrap();
+        let filter = Filter::new(&cpu(), side, radius).unwrap();
         let pixels = vec![0.7; 3 * side * side];
         close("image", &filtered(&filter, &pixels, 1), &pixels, 1e-14);
     }
@@ -233,7 +237,7 @@ fn moved(side: usize, pixels: &[f64], from: impl Fn(usize, usize) -> (usize, usi
 #[test]
 fn it_commutes_with_half_turns_transposition_and_shifts_but_not_with_a_mirror() {
     for (side, radius, patch) in [(32, 8.0, 4), (33, 8.0, 3)] {
-        let filter = Filter::new(side, radius).unwrap();
+        let filter = Filter::new(&cpu(), side, radius).unwrap();
         let pixels: Vec<f64> = uniform::<f64>(1, &[1, 3, side, side]);
         let out = filtered(&filter, &pixels, patch);
         let last = side - 1;
@@ -262,7 +266,7 @@ fn it_commutes_with_half_turns_transposition_and_shifts_but_not_with_a_mirror() 
 #[test]
 fn filtering_twice_changes_nothing_where_the_disc_is_centred() {
     // At odd sizes; low contrast keeps the filtered image positive, so that the magnitude does nothing.
-    let filter = Filter::new(63, 11.0).unwrap();
+    let filter = Filter::new(&cpu(), 63, 11.0).unwrap();
     let pixels: Vec<f64> = normal(1, &[1, 3, 63, 63], 0.5, 0.05);
     let once = filtered(&filter, &pixels, 7);
     close("twice", &filtered(&filter, &once, 7), &once, 1e-14);
@@ -272,7 +276,7 @@ fn filtering_twice_changes_nothing_where_the_disc_is_centred() {
 
 #[test]
 fn in_f32_it_is_exact_to_2e_6() {
-    let filter = Filter::new(224, 40.0).unwrap();
+    let filter = Filter::new(&cpu(), 224, 40.0).unwrap();
     for seed in 1..=3 {
         let shape = [1, 3, 224, 224];
         let unit = |x: f64| ((x + 1.0) / 2.0) as f32;
@@ -288,7 +292,7 @@ fn in_f32_it_is_exact_to_2e_6() {
 #[test]
 fn only_the_patches_asked_for_come_normalised_row_column_channel() {
     let (side, patch) = (12, 3);
-    let filter = Filter::new(side, 3.0).unwrap();
+    let filter = Filter::new(&cpu(), side, 3.0).unwrap();
     let pixels: Vec<f64> = uniform(1, &[2, 3, side, side]);
     let whole = filtered(&filter, &pixels, 4);
     let ids = [15, 3, 8, 0, 1, 14];
@@ -309,7 +313,7 @@ fn only_the_patches_asked_for_come_normalised_row_column_channel() {
 #[test]
 fn each_image_is_by_itself_however_many_there_are() {
     // More images than run at once, and not a multiple of that.
-    let filter = Filter::new(6, 2.0).unwrap();
+    let filter = Filter::new(&cpu(), 6, 2.0).unwrap();
     let pixels: Vec<f64> = uniform(1, &[71, 3, 6, 6]);
     let all = filtered(&filter, &pixels, 2);
     for (pixels, got) in pixels.chunks(108).zip(all.chunks(108)) {
@@ -319,7 +323,7 @@ fn each_image_is_by_itself_however_many_there_are() {
 
 #[test]
 fn threads_change_no_bit() {
-    let filter = Filter::new(96, 17.0).unwrap();
+    let filter = Filter::new(&cpu(), 96, 17.0).unwrap();
     let pixels: Vec<f32> = uniform(1, &[37, 3, 96, 96]);
     same_on_any_threads(|| filtered(&filter, &pixels, 8));
 }
@@ -329,20 +333,20 @@ fn what_does_not_fit_is_refused() {
     for (size, radius) in
         [(8, 0.7), (8, -1.0), (8, f64::NAN), (8, f64::INFINITY), (9, -0.1), (0, 1.0)]
     {
-        let err = Filter::new(size, radius).unwrap_err();
+        let err = Filter::new(&cpu(), size, radius).unwrap_err();
         assert!(matches!(&err, Error::Invalid { name, .. } if name == "radius"), "{err}");
     }
-    let err = Filter::new(8, 0.5).unwrap_err();
+    let err = Filter::new(&cpu(), 8, 0.5).unwrap_err();
     let want = "`radius` is 0.5 and keeps no frequency of 8 pixels; PixMIM has 40 at 224";
     assert_eq!(err.to_string(), want);
 
-    let filter = Filter::new(6, 2.0).unwrap();
+    let filter = Filter::new(&cpu(), 6, 2.0).unwrap();
     let real = |name, shape: &[usize]| arg(name, DType::F32, shape);
     let args = [
         real("target", &[2, 3, 12]),
         real("pixels", &[2, 3, 6, 6]),
         arg("ids_masked", DType::I32, &[2, 3]).holding(&[0, 8, 4, 2, 3, 1]),
-        workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, &filter)),
+        workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, &filter, true)),
     ];
     let with_patch = |patch_size: usize| {
         let filter = &filter;
@@ -356,6 +360,7 @@ fn what_does_not_fit_is_refused() {
                 mean: NO_MEAN,
                 std: NO_STD,
                 patch_size,
+                exact: true,
                 workspace: workspace.view_mut(),
             };
             forward(&cpu(), args)
