@@ -87,7 +87,8 @@ static void check_read(Sm& m, uint32_t unit, bool warp_wide, uint32_t bytes, con
   if (pending(m, w))
     fail(site, "unwaited: %s reads %s, the target of a cp.async that thread %u has not waited for", what,
          place(m, unit * 2, at), writer(w));
-  if (block_time(w) < m.begun) fail(site, "uninitialised: %s reads %s, which nothing wrote", what, place(m, unit * 2, at));
+  if (block_time(w) < m.begun)
+    fail(site, "uninitialised: %s reads %s, which nothing wrote", what, place(m, unit * 2, at));
   if (!ordered_after_write(m, w, warp_wide) && ((uint32_t)w & bytes))
     fail(site, "race: %s reads %s, written by thread %u (warp %u) with no %s between", what, place(m, unit * 2, at),
          writer(w), writer(w) / kWarp, writer(w) / kWarp == m.current->warp->index ? "__syncwarp" : "barrier");

@@ -1,6 +1,6 @@
-// shared.h - shared memory: a window of 32-bit addresses, reached through these functions alone, so that every access is
-// checked. Dynamic memory starts at kDynamic; each static piece lies far enough from the others for an overrun to miss
-// them all.
+// shared.h - shared memory: a window of 32-bit addresses, reached through these functions alone, so that every access
+// is checked. Dynamic memory starts at kDynamic; each static piece lies far enough from the others for an overrun to
+// miss them all.
 //
 // Two bytes are the unit of the checks: threads may share a 4-byte word. Per unit there are
 //   writes      the last write: time of the block's clock, time of the warp's clock, thread; bit 62 marks a cp.async
