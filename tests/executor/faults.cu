@@ -285,14 +285,6 @@ KERNEL(sound_blocks_share_a_word, FaultParams, 128, 1) {
   const int64_t i = (int64_t)threadIdx.x * gridDim.x + blockIdx.x;
   store(p.y.as<bf16>(), i, from_f32<bf16>(load(p.x, threadIdx.x) + (float)blockIdx.x));
 }
-// y = x + the sum of the warp; no fault, one barrier.
-KERNEL(sound_scale, FaultParams, 128, 1) {
-  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  sts<float>(word(threadIdx.x), i < p.n ? load(p.x, i) : 0.f);
-  __syncthreads();
-  const float x = lds<float>(word(blockDim.x - 1 - threadIdx.x)), sum = warp_sum(x);
-  if (i < p.n) store(p.y, i, x + sum);
-}
 KERNEL(sound_copy, FaultParams, 128, 1) {
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < p.n) store(p.y, i, load(p.x, i));

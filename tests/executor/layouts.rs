@@ -133,7 +133,7 @@ fn mma_f16_has_the_published_layout() {
 #[test]
 fn ldmatrix_has_the_published_layout() {
     // Matrix m holds 64 m + 8 row + column, 16 bits each.
-    let words: Vec<u32> = (0..128).map(|i| 2 * i | (2 * i + 1) << 16).collect();
+    let words: Vec<u32> = (0..128).map(|i| (2 * i) | ((2 * i + 1) << 16)).collect();
     let x = Buffer::of("matrices", &words.map_f32());
     let y = Buffer::new("registers", 32 * 13);
     launch("layout_ldmatrix", [1, 32, 512], Params::new(&x, &y, 0), 5).unwrap();
