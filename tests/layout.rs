@@ -11,6 +11,7 @@ const UNSAFE: [&str; 11] = [
     "src/cpu/gemm.rs",
     "src/cpu/gemm/bf16/avx512.rs",
     "src/cuda/cublaslt/descriptors.rs",
+    "src/cuda/mod.rs",
     "src/cuda/nvidia.rs",
     "src/cuda/nvidia/copies.rs",
     "src/cuda/nvidia/graph.rs",
