@@ -1,6 +1,7 @@
 //! An NVIDIA GPU: the CUDA driver through cudarc's raw functions, matrix products through cublasLt.
 //!
-//! All work goes to one stream of the GPU's primary context. There is no event tracking and no memory pool; the only
+//! All work goes to one stream of the GPU's primary context, which each call makes current on its thread, as calls of the
+//! CUDA runtime do. There is no event tracking and no memory pool; the only
 //! calls that wait are those that must: [`free`](Driver::free), [`download`](Driver::download) and
 //! [`synchronize`](Driver::synchronize).
 
@@ -124,19 +125,6 @@ impl Nvidia {
             context,
         })))
     }
-
-    /// The algorithms chosen for matrix products so far, for [`load_plans`](Self::load_plans) of a later run.
-    pub(crate) fn plans(&self) -> Vec<u8> {
-        self.0.plans().export()
-    }
-
-    /// Takes over the algorithms of an earlier run, so that the same bits come out. Returns how many.
-    ///
-    /// # Errors
-    /// Why they cannot be used here, in words; products are then planned anew.
-    pub(crate) fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
-        self.0.plans().import(plans)
-    }
 }
 
 impl Inner {
@@ -252,10 +240,21 @@ impl Driver for Nvidia {
     }
 
     fn matmul(&self, matmul: &Matmul) -> Result<()> {
+        if matmul.m == 0 || matmul.n == 0 || matmul.batch == 0 {
+            return Ok(());
+        }
         self.0.context.bind()?;
         self.0.plans().run(matmul, &self.0.stream)?;
         self.0.suspects.push(PRODUCT);
         Ok(())
+    }
+
+    fn plans(&self) -> Vec<u8> {
+        self.0.plans().export()
+    }
+
+    fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
+        self.0.plans().import(plans)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -239,9 +239,10 @@ fn has_symbols(
     cure: &'static str,
     mut symbols: impl Iterator<Item = &'static str>,
 ) -> Result<(), NoGpu> {
-    // SAFETY: the symbol is looked up and never called through this type.
     let lacks = |symbol: &&str| {
-        unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
+        // SAFETY: the symbol is looked up and never called through this type.
+        let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) };
+        found.is_err()
     };
     match symbols.find(lacks) {
         Some(symbol) => Err(NoGpu::MissingSymbol { library: name, symbol, cure }),

@@ -247,6 +247,14 @@ impl Driver for Simt {
         &self.properties
     }
 
+    fn plans(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
+        if plans.is_empty() { Ok(0) } else { Err("the host executor has no plans".into()) }
+    }
+
     fn available_bytes(&self) -> Result<u64> {
         Ok(self.properties.memory_bytes)
     }

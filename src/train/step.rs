@@ -176,7 +176,7 @@ impl Trainer {
                     arena.tensor(DType::U8, &[needed]),
                 )
             })?;
-        Ok(Self {
+        let mut trainer = Self {
             dev,
             settings,
             mae,
@@ -195,7 +195,10 @@ impl Trainer {
             micro_batches: 0,
             // Weights, gradients and both moments are of one size.
             memory_bytes: 4 * moment_bytes + act_bytes + scratch_bytes,
-        })
+        };
+        trainer.set_updates(0)?;
+        trainer.clear()?;
+        Ok(trainer)
     }
 
     /// Bytes of all arenas.

@@ -204,7 +204,12 @@ fn describe_function(handle: sys::CUfunction) -> Result<(String, Function)> {
     // SAFETY: the probe found the symbol; the function is of a loaded module; writes two integers.
     let status =
         unsafe { sys::cuFuncGetParamInfo(handle, 0, &raw mut offset, &raw mut params_bytes) };
-    check("ask for the size of a kernel's parameter", status)?;
+    if status == sys::CUresult::CUDA_ERROR_INVALID_VALUE {
+        // It takes no parameter at all.
+        params_bytes = 0;
+    } else {
+        check("ask for the size of a kernel's parameter", status)?;
+    }
     Ok((name, Function { handle, params_bytes, shared_bytes: AtomicU32::new(SHARED_BYTES) }))
 }
 
