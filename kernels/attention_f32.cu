@@ -54,13 +54,15 @@ DEV void forward_f32(const ForwardParams<float>& p) {
   const Rows q = w.part(p.qkv, 0), k = w.part(p.qkv, 1), v = w.part(p.qkv, 2);
   float top = MASKED, sum = 0.f;
   for (int j = lane_id(); j < p.tokens; j += 32) {
-    const float s = dot(q[w.row], k[j], p.head_dim) * (p.scale * LOG2E);
+    const float s = dot(q[w.row], k[j], p.head_dim);
     sts(w.shared + j * 4, s);
     top = max2(top, s);
   }
-  top = warp_max(top);
+  // One fma, as in the gradient: weights that differ would not cancel in its sums.
+  const float scale_log2 = p.scale * LOG2E;
+  top = warp_max(top) * scale_log2;
   for (int j = lane_id(); j < p.tokens; j += 32) {
-    const float weight = ex2(lds<float>(w.shared + j * 4) - top);
+    const float weight = ex2(fma3(lds<float>(w.shared + j * 4), scale_log2, -top));
     sts(w.shared + j * 4, weight);
     sum += weight;
   }

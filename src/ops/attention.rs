@@ -98,6 +98,7 @@ struct Dims {
 
 fn dims(call: Call<'_>, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {
     let dtype = qkv.expect_real(call, "qkv")?;
+    qkv.expect(call, "qkv", dtype, qkv.shape())?;
     let [images, tokens, width] = qkv.dims(call, "qkv", "(B, T, 3 D)")?;
     let &[_, heads, _] = lse else {
         let expected = "(B, NH, T)".into();

