@@ -7,3 +7,4 @@
 #![cfg(pixmim_simt)]
 
 mod common;
+mod low_freq_target;
