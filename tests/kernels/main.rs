@@ -17,6 +17,7 @@ mod grad_norm;
 mod input;
 mod layer_norm;
 mod linear;
+mod low_freq_target;
 mod masked_mse_loss;
 mod patch_embed;
 mod random_masking;

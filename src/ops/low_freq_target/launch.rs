@@ -35,7 +35,7 @@ const MOST_PATCHES: usize = 4096;
 /// Images that go through the split kernels together: what lies between them fits a cache of 50 MB.
 const IMAGES_448: usize = 64;
 /// Scratch of the f32 path, unless a single image needs more.
-const EXACT_BYTES: usize = 64 << 20;
+const EXACT_BYTES: usize = 16 << 20;
 
 impl Size {
     fn of(size: usize, radius: f64) -> Option<Self> {
@@ -57,7 +57,7 @@ impl Size {
     /// Dynamic shared memory of its kernels, as their `BYTES`.
     const fn shared_bytes(self) -> &'static [usize] {
         match self {
-            Self::Of224 => &[216_128],
+            Self::Of224 => &[224_320],
             Self::Of448 => &[189_440, 218_112],
         }
     }
