@@ -216,12 +216,12 @@ fn what_does_not_fit_is_refused() {
             "copy" => Output::new(&dev, DType::Bf16, &[37]),
             _ => Output::new(&dev, DType::F32, &[37]),
         });
-        let mut views =
-            args.each_mut()
-                .map(Output::view)
-                .into_iter()
-                .zip(names)
-                .map(|(view, name)| if name == bad { view.split_at(skipped).1 } else { view });
+        let mut views = args
+            .each_mut()
+            .map(Output::view)
+            .into_iter()
+            .zip(names)
+            .map(|(view, name)| if name == bad { view.split_at(skipped).1 } else { view });
         let mut next = || views.next().unwrap();
         let (param, exp_avg, exp_avg_sq) = (next(), next(), next());
         let (grad, coefficients, copy) = (next().into_ref(), next().into_ref(), Some(next()));
