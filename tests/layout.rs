@@ -66,6 +66,7 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
 fn ops() -> Vec<String> {
     let stem = |path: String| path.strip_prefix("src/ops/")?.strip_suffix(".rs").map(str::to_owned);
     let ops: Vec<_> = files("src/ops", "rs").into_iter().filter_map(stem).collect();
+    // What is below an op's folder is part of the op.
     ops.into_iter().filter(|op| op != "mod" && !op.contains('/')).collect()
 }
 

@@ -46,7 +46,7 @@ mod launch {
     use crate::cuda::{DevPtr, Gpu};
     use crate::{DType, Result};
 
-    /// As `Cast` in kernels/cast.cu.
+    /// As `Cast` in `kernels/cast.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct Params {

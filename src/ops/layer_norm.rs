@@ -158,7 +158,7 @@ mod launch {
     use crate::tensor::carve_bytes;
     use crate::{DType, Result};
 
-    /// As `LayerNormForward` in kernels/layer_norm.cu.
+    /// As `LayerNormForward` in `kernels/layer_norm.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct ForwardParams {
@@ -174,7 +174,7 @@ mod launch {
     }
     const _: () = assert!(size_of::<ForwardParams>() == 64 && offset_of!(ForwardParams, eps) == 60);
 
-    /// As `LayerNormBackward` in kernels/layer_norm.cu.
+    /// As `LayerNormBackward` in `kernels/layer_norm.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct BackwardParams {
@@ -243,7 +243,8 @@ mod launch {
             rows.div_ceil(self.block(BACKWARD_THREADS).1).min(132 * self.blocks)
         }
 
-        /// Three rows for each one that a block works on, once or twice, and the weight: `Queue` in kernels/layer_norm.cu.
+        /// Three rows for each one that a block works on, once or twice, and the weight: `Queue` in
+        /// `kernels/layer_norm.cu`.
         fn shared_bytes(&self, dtype: DType) -> usize {
             let row = self.width * dtype.size_bytes() * self.block(BACKWARD_THREADS).1;
             let stages = if 2 * 3 * row <= 160 << 10 { 2 } else { 1 };

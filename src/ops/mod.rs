@@ -10,7 +10,7 @@
 //! | [`input`] | bytes to normalised patches and pixels | |
 //! | [`low_freq_target`] | pixels to low-pass filtered target patches | |
 //! | [`patch_embed`] | kept patches to encoder tokens | weight, bias, class token |
-//! | [`layer_norm`] | rows, or chosen tokens, to normalised rows | input, weight, bias |
+//! | [`layer_norm`] | rows to normalised rows | input, weight, bias |
 //! | [`linear`] | product, bias, GELU, residual | input (times GELU'), weight, bias |
 //! | [`gelu`] | stand-alone GELU | input |
 //! | [`attention`] | packed queries, keys, values to mixed values | queries, keys, values |

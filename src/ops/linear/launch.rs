@@ -82,7 +82,7 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
     }
 }
 
-/// As `LinearColumnSums` in kernels/linear.cu.
+/// As `LinearColumnSums` in `kernels/linear.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct ColumnSums {
@@ -95,7 +95,7 @@ struct ColumnSums {
 }
 const _: () = assert!(size_of::<ColumnSums>() == 40 && offset_of!(ColumnSums, stripes) == 36);
 
-/// As `LinearAddPartials` in kernels/linear.cu.
+/// As `LinearAddPartials` in `kernels/linear.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct AddPartials {
