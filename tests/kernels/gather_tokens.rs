@@ -68,12 +68,8 @@ fn run<T: Element>(dev: &Device, case: &Case<T>) -> [Vec<T>; 2] {
 fn tokens_and_gradients_are_those_of_the_cpu<T: Stored>() {
     for size in SIZES {
         let case = Case::<T>::new(size);
-        let [out, grad_inp] = run(&gpu(), &case);
-        assert_eq!(
-            [widen(&out), widen(&grad_inp)],
-            run(&Device::cpu(), &case.widened()),
-            "{size:?}"
-        );
+        let got = run(&gpu(), &case).map(|values| widen(&values));
+        assert!(got == run(&Device::cpu(), &case.widened()), "{size:?}: not the same rows");
     }
 }
 
