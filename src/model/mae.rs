@@ -200,7 +200,6 @@ impl Mae {
         workspace: &mut Tensor,
     ) -> Result<()> {
         let (table, weights) = (&self.table, self.computed());
-        let w = |index: usize| weights.view(index);
         let mut pass = block::Backward { dev, weights, grads, workspace };
         pass.decoder(table, acts, scratch)?;
         let Scratch { rows, encoder, .. } = scratch;
