@@ -388,6 +388,18 @@ mod memory {
             Self { ptr, shape, dtype, place, life: PhantomData }
         }
 
+        /// Copies as many bytes. Host memory only: see [`Device::copy`](crate::Device::copy).
+        pub(crate) fn copy_host(self, src: TensorRef<'_>) {
+            assert_eq!(
+                (self.place, src.place),
+                (Place::Host, Place::Host),
+                "the caller has looked"
+            );
+            assert_eq!(self.bytes(), src.bytes(), "the caller has looked");
+            // SAFETY: both views cover `bytes` of host memory; an exclusive borrow and a shared one do not overlap.
+            unsafe { self.ptr.copy_from_nonoverlapping(src.ptr, src.bytes()) }
+        }
+
         /// Sets every byte to zero, which is the number 0 in every dtype. Host memory only: see
         /// [`Device::clear`](crate::Device::clear).
         pub(crate) fn clear_host(self) {

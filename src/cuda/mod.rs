@@ -153,11 +153,6 @@ impl Gpu {
         Place::Gpu(self.id)
     }
 
-    /// Until every op has a kernel.
-    pub(crate) fn missing(&self) -> Error {
-        Error::Gpu { action: "run this op", why: "its kernel is being written".into() }
-    }
-
     pub(crate) fn driver(&self) -> &dyn Driver {
         &*self.driver
     }

@@ -44,17 +44,20 @@ impl Case {
         let dtype = if T::DTYPE == DType::F64 { DType::F64 } else { DType::F32 };
         let mut target = Output::new(dev, dtype, &[images, masked, 3 * patch * patch]);
         let bytes = workspace_bytes(dev, T::DTYPE, images, &filter, exact);
-        let done = forward(dev, Forward {
-            target: target.view(),
-            pixels: Input::new(dev, pixels, &[images, 3, size, size]).view(),
-            ids_masked: Input::new(dev, ids, &[images, masked]).view(),
-            filter: &filter,
-            mean: MEAN,
-            std: STD,
-            patch_size: patch,
-            exact,
-            workspace: workspace(dev, bytes).view(),
-        });
+        let done = forward(
+            dev,
+            Forward {
+                target: target.view(),
+                pixels: Input::new(dev, pixels, &[images, 3, size, size]).view(),
+                ids_masked: Input::new(dev, ids, &[images, masked]).view(),
+                filter: &filter,
+                mean: MEAN,
+                std: STD,
+                patch_size: patch,
+                exact,
+                workspace: workspace(dev, bytes).view(),
+            },
+        );
         done.unwrap();
         target
     }
@@ -205,7 +208,12 @@ fn any_patch_is_gathered_from_where_it_is() {
             let case = Case { patch, ..case };
             let ids = case.masked(&pixels);
             let (got, want) = (case.on(&gpu(), &pixels, &ids), case.oracle(&unit(&pixels), &ids));
-            assert_colours(&format!("{} in patches of {patch}", case.size), &got, &want, [2e-4, 2e-3]);
+            assert_colours(
+                &format!("{} in patches of {patch}", case.size),
+                &got,
+                &want,
+                [2e-4, 2e-3],
+            );
         }
     }
 }
@@ -217,7 +225,9 @@ fn each_image_has_its_own_mask() {
         let pixels = bytes(5, images * 3 * case.size * case.size);
         let grid = case.grid() as i32;
         let ids: Vec<i32> = (0..images as i32)
-            .flat_map(|image| (0..grid).map(move |i| (grid - 1 - image) * grid + (i + image) % grid))
+            .flat_map(|image| {
+                (0..grid).map(move |i| (grid - 1 - image) * grid + (i + image) % grid)
+            })
             .collect();
         let (got, want) = (case.on(&gpu(), &pixels, &ids), case.oracle(&unit(&pixels), &ids));
         assert_colours("image", &got, &want, [2e-4, 2e-3]);
@@ -265,20 +275,27 @@ fn what_does_not_fit_is_refused() {
     let (dev, cpu) = (gpu(), Device::cpu());
     let filter = Filter::new(&dev, 8, 2.0).unwrap();
     let [bytes, halves] = [DType::U8, DType::Bf16].map(|dtype| (dtype, &[1usize, 3, 8, 8][..]));
-    let call = |filter: &Filter, pixels: (DType, &[usize]), target: DType, masked_on: &Device, work: usize| {
+    let call = |filter: &Filter,
+                pixels: (DType, &[usize]),
+                target: DType,
+                masked_on: &Device,
+                work: usize| {
         let mut target = Output::new(&dev, target, &[1, 2, 12]);
         let mut pixels = Output::new(&dev, pixels.0, pixels.1);
-        let done = forward(&dev, Forward {
-            target: target.view(),
-            pixels: pixels.as_ref(),
-            ids_masked: Input::new(masked_on, &[1, 3], &[1, 2]).view(),
-            filter,
-            mean: MEAN,
-            std: STD,
-            patch_size: 2,
-            exact: false,
-            workspace: workspace(&dev, work).view(),
-        });
+        let done = forward(
+            &dev,
+            Forward {
+                target: target.view(),
+                pixels: pixels.as_ref(),
+                ids_masked: Input::new(masked_on, &[1, 3], &[1, 2]).view(),
+                filter,
+                mean: MEAN,
+                std: STD,
+                patch_size: 2,
+                exact: false,
+                workspace: workspace(&dev, work).view(),
+            },
+        );
         done.unwrap_err()
     };
     let enough = workspace_bytes(&dev, DType::U8, 1, &filter, false);
@@ -297,17 +314,20 @@ fn what_does_not_fit_is_refused() {
 
     let filter = Filter::new(&dev, 224, 40.0).unwrap();
     let mut target = Output::new(&dev, DType::F32, &[1, 1, 12]);
-    let done = forward(&dev, Forward {
-        target: target.view(),
-        pixels: Output::new(&dev, DType::U8, &[1, 3, 224, 224]).as_ref(),
-        ids_masked: Input::new(&dev, &[1], &[1, 1]).view(),
-        filter: &filter,
-        mean: MEAN,
-        std: STD,
-        patch_size: 2,
-        exact: false,
-        workspace: workspace(&dev, 0).view(),
-    });
+    let done = forward(
+        &dev,
+        Forward {
+            target: target.view(),
+            pixels: Output::new(&dev, DType::U8, &[1, 3, 224, 224]).as_ref(),
+            ids_masked: Input::new(&dev, &[1], &[1, 1]).view(),
+            filter: &filter,
+            mean: MEAN,
+            std: STD,
+            patch_size: 2,
+            exact: false,
+            workspace: workspace(&dev, 0).view(),
+        },
+    );
     let err = done.unwrap_err().to_string();
     let want = "`low_freq_target: patch_size` is 2: 112 x 112 patches, of which the half-precision kernel takes 4096; \
                 set `exact`";

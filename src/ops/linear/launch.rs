@@ -127,7 +127,7 @@ pub(in crate::ops) fn workspace_bytes(rows: usize, columns: usize) -> usize {
     carve_bytes(DType::F32, most)
 }
 
-/// `sums (N) += ` the sum of the rows of `inp`, seen as `(R, N)`: sums in f32, `inp` f32 or bf16, N a multiple of 8.
+/// `sums (N) += ` the sum of the rows of `inp`, seen as `(R, N)`: sums in f32, `inp` f32 or bf16, N a multiple of 4.
 pub(in crate::ops) fn add_column_sums(
     gpu: &Gpu,
     sums: TensorMut<'_>,
@@ -139,7 +139,8 @@ pub(in crate::ops) fn add_column_sums(
     let (slab_rows, slabs) = slabs(rows, columns);
     let (partials, _) = workspace.carve_tensor(DType::F32, slabs * columns);
     let (kernel, stripe) = match inp.dtype() {
-        DType::Bf16 => ("linear_column_sums_bf16", 256),
+        DType::Bf16 if columns.is_multiple_of(8) => ("linear_column_sums_bf16", 256),
+        DType::Bf16 => ("linear_column_sums_bf16_by_4", 128),
         _ => ("linear_column_sums_f32", 128),
     };
     let stripes = columns.div_ceil(stripe);
