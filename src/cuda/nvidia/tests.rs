@@ -1,6 +1,6 @@
 //! The driver on stand-ins for libcuda and libcublasLt (`src/cuda/fake`), which do all work as late as the order allows.
 //!
-//! Libraries are found by LD_LIBRARY_PATH, which is read when a process starts: so each test builds the stand-ins and runs
+//! Libraries are found by `LD_LIBRARY_PATH`, which is read when a process starts: so each test builds the stand-ins and runs
 //! itself again in a process that finds them.
 
 use std::path::Path;

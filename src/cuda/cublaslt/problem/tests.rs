@@ -186,7 +186,8 @@ fn alignments_are_those_of_the_addresses_in_the_order_of_cublaslt() {
 
 #[test]
 fn what_cublaslt_would_do_wrong_is_refused() {
-    let changes: [(fn(&mut Matmul), &str); 10] = [
+    type Change = fn(&mut Matmul);
+    let changes: [(Change, &str); 10] = [
         (|matmul| matmul.k = 0, "size"),
         (|matmul| matmul.batch = 1 << 31, "31 bits"),
         (|matmul| matmul.out.dtype = DType::Bf16, "dtypes"),
