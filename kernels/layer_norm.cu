@@ -22,7 +22,7 @@ template <class T> struct LayerNormForward {
   float eps;
 };
 static_assert(sizeof(LayerNormForward<bf16>) == 64 && offsetof(LayerNormForward<bf16>, eps) == 60,
-              "as in src/ops/layer_norm/launch.rs");
+              "as in src/ops/layer_norm.rs");
 
 template <class T> struct LayerNormBackward {
   Global<T> grad_inp;
@@ -32,7 +32,7 @@ template <class T> struct LayerNormBackward {
   int64_t rows, dim;
 };
 static_assert(sizeof(LayerNormBackward<bf16>) == 72 && offsetof(LayerNormBackward<bf16>, dim) == 64,
-              "as in src/ops/layer_norm/launch.rs");
+              "as in src/ops/layer_norm.rs");
 
 namespace layer_norm {
 
@@ -107,10 +107,11 @@ template <int WIDTH, int WARPS, int THREADS, class T> DEV void forward(const Lay
   }
 }
 
-// The rows a thread is about to need, in shared memory: what it copies, 16 bytes at a time, only itself reads, so its own
-// wait is all the order there is. Zeros stand in for columns and rows beyond the ends.
+// The rows a thread is about to need, and its part of the weight, in shared memory: what it copies, 16 bytes at a time,
+// only itself reads, so its own wait is all the order there is. Zeros stand in for columns and rows beyond the ends.
 template <class L, class T> struct Queue {
-  static constexpr int TENSORS = 3, THREADS = L::ROWS * L::SPAN;  // inp, grad_out, grad_inp
+  static constexpr int THREADS = L::ROWS * L::SPAN;
+  enum { INP, GRAD_OUT, GRAD_INP, TENSORS };
   static constexpr int STAGE_BYTES = TENSORS * L::CHUNKS * THREADS * 16;
   static constexpr int STAGES = 2 * STAGE_BYTES <= 160 * 1024 ? 2 : 1;
 
@@ -121,13 +122,23 @@ template <class L, class T> struct Queue {
     const int64_t start = row * p.dim + L::column();
     for (int c = 0; c < L::CHUNKS; c++) {
       const int bytes = row < p.rows && c * L::STEP < columns ? 16 : 0;
-      cp_async16(address(stage, 0, c), p.inp + start + c * L::STEP, bytes);
-      cp_async16(address(stage, 1, c), p.grad_out + start + c * L::STEP, bytes);
-      cp_async16(address(stage, 2, c), p.grad_inp + start + c * L::STEP, bytes);
+      cp_async16(address(stage, INP, c), p.inp + start + c * L::STEP, bytes);
+      cp_async16(address(stage, GRAD_OUT, c), p.grad_out + start + c * L::STEP, bytes);
+      cp_async16(address(stage, GRAD_INP, c), p.grad_inp + start + c * L::STEP, bytes);
     }
     cp_async_commit();
   }
-  DEV static Packed<T> get(int stage, int tensor, int chunk) { return {lds<Vec<uint32_t, 4>>(address(stage, tensor, chunk))}; }
+  // Arrives with what is fetched next.
+  DEV static void fetch_weight(const LayerNormBackward<T>& p, int columns) {
+    for (int c = 0; c < L::CHUNKS; c++) {
+      const int bytes = c * L::STEP < columns ? 16 : 0;
+      cp_async16(address(STAGES, 0, c), p.weight + L::column() + c * L::STEP, bytes);
+    }
+  }
+  DEV static Packed<T> get(int stage, int tensor, int chunk) {
+    return {lds<Vec<uint32_t, 4>>(address(stage, tensor, chunk))};
+  }
+  DEV static Packed<T> weight(int chunk) { return get(STAGES, 0, chunk); }
 };
 
 // With n = (inp - mean) rstd and g = grad_out weight:
@@ -139,16 +150,12 @@ template <int WIDTH, int WARPS, int THREADS, class T> DEV void backward(const La
   const int columns = (int)p.dim - L::column();  // from this thread's first on
   const float per_dim = div_rn(1.f, (float)p.dim);
 
-  float weight[L::CHUNKS][L::N], grads[2][L::CHUNKS][L::N] = {};  // of weight and bias
-  for (int c = 0; c < L::CHUNKS; c++) {
-    Packed<T> w = {};
-    if (c * L::STEP < columns) w = load_packed(p.weight + L::column(), c * L::STEP);
-    for (int i = 0; i < L::N; i++) weight[c][i] = w[i];
-  }
+  float grads[2][L::CHUNKS][L::N] = {};  // of weight and bias
 
   const int64_t step = (int64_t)gridDim.x * L::ROWS;
   int64_t row = (int64_t)blockIdx.x * L::ROWS + L::row();
   float next_mean = row < p.rows ? load(p.mean, row) : 0.f, next_rstd = row < p.rows ? load(p.rstd, row) : 0.f;
+  Q::fetch_weight(p, columns);
   Q::fetch(p, 0, row, columns);
   // All rows of a block take part in its barriers: it ends with its first row.
   for (int turn = 0; row - L::row() < p.rows; turn++, row += step) {
@@ -166,9 +173,9 @@ template <int WIDTH, int WARPS, int THREADS, class T> DEV void backward(const La
 
     float means[2] = {0.f, 0.f};  // of g, of g n
     for (int c = 0; c < L::CHUNKS; c++) {
-      const Packed<T> x = Q::get(stage, 0, c), g = Q::get(stage, 1, c);
+      const Packed<T> x = Q::get(stage, Q::INP, c), g = Q::get(stage, Q::GRAD_OUT, c), weight = Q::weight(c);
       for (int i = 0; i < L::N; i++) {
-        const float n = (x[i] - mean) * rstd, gw = g[i] * weight[c][i];
+        const float n = (x[i] - mean) * rstd, gw = g[i] * weight[i];
         means[0] += gw;
         means[1] = fma3(gw, n, means[1]);
         grads[0][c][i] = fma3(g[i], n, grads[0][c][i]);
@@ -181,10 +188,11 @@ template <int WIDTH, int WARPS, int THREADS, class T> DEV void backward(const La
     means[1] *= per_dim;
     for (int c = 0; c < L::CHUNKS; c++) {
       if (row >= p.rows || c * L::STEP >= columns) continue;
-      const Packed<T> x = Q::get(stage, 0, c), g = Q::get(stage, 1, c), before = Q::get(stage, 2, c);
+      const Packed<T> x = Q::get(stage, Q::INP, c), g = Q::get(stage, Q::GRAD_OUT, c), weight = Q::weight(c);
+      const Packed<T> before = Q::get(stage, Q::GRAD_INP, c);
       float y[L::N];
       for (int i = 0; i < L::N; i++) {
-        const float n = (x[i] - mean) * rstd, gw = g[i] * weight[c][i];
+        const float n = (x[i] - mean) * rstd, gw = g[i] * weight[i];
         y[i] = fma3(rstd, gw - means[0] - n * means[1], before[i]);
       }
       store_packed(p.grad_inp + row * p.dim + L::column(), c * L::STEP, y);
@@ -236,17 +244,17 @@ HOT_KERNEL(layer_norm_forward_f32_1280, LayerNormForward<float>, 256, 4) { layer
 HOT_KERNEL(layer_norm_forward_f32_2048, LayerNormForward<float>, 256, 4) { layer_norm::forward<2048, 4, 256>(p); }
 HOT_KERNEL(layer_norm_forward_f32_8192, LayerNormForward<float>, 512, 2) { layer_norm::forward<8192, 16, 512>(p); }
 
-HOT_KERNEL(layer_norm_backward_bf16_256, LayerNormBackward<bf16>, 128, 6) { layer_norm::backward<256, 1, 128>(p); }
+HOT_KERNEL(layer_norm_backward_bf16_256, LayerNormBackward<bf16>, 128, 5) { layer_norm::backward<256, 1, 128>(p); }
 HOT_KERNEL(layer_norm_backward_bf16_512, LayerNormBackward<bf16>, 128, 4) { layer_norm::backward<512, 1, 128>(p); }
 HOT_KERNEL(layer_norm_backward_bf16_768, LayerNormBackward<bf16>, 128, 3) { layer_norm::backward<768, 1, 128>(p); }
 HOT_KERNEL(layer_norm_backward_bf16_1024, LayerNormBackward<bf16>, 128, 3) { layer_norm::backward<1024, 1, 128>(p); }
-HOT_KERNEL(layer_norm_backward_bf16_1280, LayerNormBackward<bf16>, 128, 2) { layer_norm::backward<1280, 1, 128>(p); }
+HOT_KERNEL(layer_norm_backward_bf16_1280, LayerNormBackward<bf16>, 128, 3) { layer_norm::backward<1280, 1, 128>(p); }
 HOT_KERNEL(layer_norm_backward_bf16_2048, LayerNormBackward<bf16>, 128, 3) { layer_norm::backward<2048, 2, 128>(p); }
 HOT_KERNEL(layer_norm_backward_bf16_8192, LayerNormBackward<bf16>, 512, 1) { layer_norm::backward<8192, 16, 512>(p); }
-HOT_KERNEL(layer_norm_backward_f32_256, LayerNormBackward<float>, 128, 6) { layer_norm::backward<256, 1, 128>(p); }
+HOT_KERNEL(layer_norm_backward_f32_256, LayerNormBackward<float>, 128, 5) { layer_norm::backward<256, 1, 128>(p); }
 HOT_KERNEL(layer_norm_backward_f32_512, LayerNormBackward<float>, 128, 4) { layer_norm::backward<512, 1, 128>(p); }
-HOT_KERNEL(layer_norm_backward_f32_768, LayerNormBackward<float>, 128, 3) { layer_norm::backward<768, 1, 128>(p); }
+HOT_KERNEL(layer_norm_backward_f32_768, LayerNormBackward<float>, 128, 2) { layer_norm::backward<768, 1, 128>(p); }
 HOT_KERNEL(layer_norm_backward_f32_1024, LayerNormBackward<float>, 128, 3) { layer_norm::backward<1024, 2, 128>(p); }
-HOT_KERNEL(layer_norm_backward_f32_1280, LayerNormBackward<float>, 128, 2) { layer_norm::backward<1280, 2, 128>(p); }
+HOT_KERNEL(layer_norm_backward_f32_1280, LayerNormBackward<float>, 128, 3) { layer_norm::backward<1280, 2, 128>(p); }
 HOT_KERNEL(layer_norm_backward_f32_2048, LayerNormBackward<float>, 128, 3) { layer_norm::backward<2048, 4, 128>(p); }
 HOT_KERNEL(layer_norm_backward_f32_8192, LayerNormBackward<float>, 512, 1) { layer_norm::backward<8192, 16, 512>(p); }

@@ -125,7 +125,6 @@ template <class T> struct InPasses {
 
 template <class How> DEV void forward_backward(const MaskedMseLoss& p) {
   double loss = 0;
-#pragma unroll 1
   for (int i = 0; i < kPatchesOfWarp; i++) {
     const int64_t patch = ((int64_t)blockIdx.x * kPatchesOfWarp + i) * kWarps + threadIdx.x / 32;
     if (patch < p.patches) loss += How::patch(p, patch);
@@ -146,7 +145,7 @@ DEV void sum(const MaskedMseLossSum& p) {
 using masked_mse_loss::InPasses;
 using masked_mse_loss::InRegisters;
 HOT_KERNEL(masked_mse_loss_bf16_256, MaskedMseLoss, 256, 5) { masked_mse_loss::forward_backward<InRegisters<bf16, 2>>(p); }
-HOT_KERNEL(masked_mse_loss_bf16_768, MaskedMseLoss, 256, 4) { masked_mse_loss::forward_backward<InRegisters<bf16, 6>>(p); }
+HOT_KERNEL(masked_mse_loss_bf16_768, MaskedMseLoss, 256, 3) { masked_mse_loss::forward_backward<InRegisters<bf16, 6>>(p); }
 KERNEL(masked_mse_loss_bf16_any, MaskedMseLoss, 256, 4) { masked_mse_loss::forward_backward<InPasses<bf16>>(p); }
 HOT_KERNEL(masked_mse_loss_f32_256, MaskedMseLoss, 256, 5) { masked_mse_loss::forward_backward<InRegisters<float, 2>>(p); }
 HOT_KERNEL(masked_mse_loss_f32_768, MaskedMseLoss, 256, 3) { masked_mse_loss::forward_backward<InRegisters<float, 6>>(p); }

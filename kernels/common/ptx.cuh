@@ -5,7 +5,7 @@
 // global memory through `Global<T>`, shared memory through 32-bit addresses. That is what lets the executor check
 // every access; on the device it costs nothing.
 //
-// Host twins take a hidden last argument, the source line, for messages: SITE and LINE expand to nothing on the device.
+// Host twins take a hidden last argument, the place in the source, for messages: SITE and LINE are nothing on the device.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -15,8 +15,8 @@
 #define LINE
 #else
 #include "../simt/simt.h"
-#define SITE , int line_ = __builtin_LINE()
-#define LINE , line_
+#define SITE , SIMT_SITE
+#define LINE , site_
 #endif
 #define DEV __device__ __forceinline__
 
@@ -30,7 +30,7 @@
   static void name##_body(const Params& p);                                                                         \
   extern "C" const simt::Kernel pixmim_kernel_##name = {                                                            \
       #name, __FILE__, sizeof(Params), threads, [](const void* p) { name##_body(*static_cast<const Params*>(p)); }}; \
-  static void name##_body(const Params& p)
+  static void name##_body([[maybe_unused]] const Params& p)
 #endif
 #define HOT_KERNEL KERNEL
 
@@ -237,9 +237,9 @@ DEV uint32_t dynamic_shared() {
   const uint32_t name = (uint32_t)__cvta_generic_to_shared(name##_bytes)
 #else
 DEV uint32_t dynamic_shared() { return simt::dynamic_shared(); }
-#define STATIC_SHARED(name, bytes)                    \
-  static const int name##_slot = simt::new_slot();    \
-  const uint32_t name = simt::static_shared(name##_slot, bytes)
+#define STATIC_SHARED(name, bytes)  \
+  static const char name##_key = 0; \
+  const uint32_t name = simt::static_shared(&name##_key, #name, bytes)
 #endif
 
 // T is trivially copyable, of 1, 2, 4, 8 or 16 bytes; the address is a multiple of its size.
@@ -324,7 +324,7 @@ DEV void cp_async_commit() {
 #ifdef __CUDACC__
 template <int KEEP> DEV void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(KEEP) : "memory"); }
 #else
-template <int KEEP> DEV void cp_async_wait(int line_ = __builtin_LINE()) { simt::cp_async_wait(KEEP, line_); }
+template <int KEEP> DEV void cp_async_wait() { simt::cp_async_wait(KEEP); }
 #endif
 
 // ---- barriers, votes, shuffles, reductions ---------------------------------------------------------------------------

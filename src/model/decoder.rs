@@ -99,7 +99,6 @@ pub(super) fn forward(
             mean: acts.decoded_mean.view_mut(),
             rstd: acts.decoded_rstd.view_mut(),
             inp: stream(&acts.decoder_blocks, &acts.decoder_tokens).view(),
-            select: None,
             weight: w(table.decoder_norm.weight),
             bias: w(table.decoder_norm.bias),
             eps: LAYER_NORM_EPS,

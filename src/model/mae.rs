@@ -152,7 +152,6 @@ impl Mae {
                 mean: acts.latent_mean.view_mut(),
                 rstd: acts.latent_rstd.view_mut(),
                 inp: stream.view(),
-                select: None,
                 weight: w(table.norm.weight),
                 bias: w(table.norm.bias),
                 eps: LAYER_NORM_EPS,

@@ -72,7 +72,7 @@ pub fn prepare(dev: &Device, args: Prepare<'_>) -> Result<()> {
     args.grad_norm.expect(call, "grad_norm", dtype, &[1])?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::prepare::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::prepare(gpu, &args)?,
     }
     Ok(())
 }
@@ -95,7 +95,7 @@ pub fn update(dev: &Device, args: Update<'_>) -> Result<()> {
     args.coefficients.expect(call, "coefficients", dtype, &[COEFFICIENTS])?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::update::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::update(gpu, &args)?,
     }
     Ok(())
 }
@@ -165,5 +165,79 @@ mod cpu {
                 },
             );
         }
+    }
+}
+
+mod launch {
+    use super::{Prepare, Update};
+    use crate::Result;
+    use crate::cuda::{DevPtr, Gpu};
+
+    /// As in `kernels/adamw.cu`.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct PrepareParams {
+        coefficients: DevPtr,
+        step: DevPtr,
+        lr: DevPtr,
+        loss: DevPtr,
+        grad_norm: DevPtr,
+        clip: f64,
+        betas: [f64; 2],
+    }
+    const _: () = assert!(size_of::<PrepareParams>() == 64);
+
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct UpdateParams {
+        param: DevPtr,
+        copy: DevPtr,
+        exp_avg: DevPtr,
+        exp_avg_sq: DevPtr,
+        grad: DevPtr,
+        coefficients: DevPtr,
+        elems: i64,
+        /// Each with what it leaves of 1.
+        betas: [[f32; 2]; 2],
+        eps: f32,
+        weight_decay: f32,
+    }
+    const _: () = assert!(size_of::<UpdateParams>() == 80);
+
+    const BLOCK: u32 = 256;
+    /// Parameters of a block: four a thread.
+    const PARAMS: usize = 4 * BLOCK as usize;
+
+    pub(super) fn prepare(gpu: &Gpu, args: &Prepare<'_>) -> Result<()> {
+        let params = PrepareParams {
+            coefficients: args.coefficients.dev_ptr(),
+            step: args.step.dev_ptr(),
+            lr: args.lr.dev_ptr(),
+            loss: args.loss.dev_ptr(),
+            grad_norm: args.grad_norm.dev_ptr(),
+            clip: args.clip,
+            betas: args.betas,
+        };
+        gpu.launch("adamw_prepare", 1, 1, 0, &params)
+    }
+
+    pub(super) fn update(gpu: &Gpu, args: &Update<'_>) -> Result<()> {
+        let elems = args.param.elems();
+        if elems == 0 {
+            return Ok(());
+        }
+        let params = UpdateParams {
+            param: args.param.dev_ptr(),
+            copy: args.copy.as_ref().map_or_else(DevPtr::default, |copy| copy.dev_ptr()),
+            exp_avg: args.exp_avg.dev_ptr(),
+            exp_avg_sq: args.exp_avg_sq.dev_ptr(),
+            grad: args.grad.dev_ptr(),
+            coefficients: args.coefficients.dev_ptr(),
+            elems: elems as i64,
+            betas: args.betas.map(|beta| [beta as f32, (1.0 - beta) as f32]),
+            eps: args.eps as f32,
+            weight_decay: args.weight_decay as f32,
+        };
+        gpu.launch("adamw_update", elems.div_ceil(PARAMS), BLOCK, 0, &params)
     }
 }

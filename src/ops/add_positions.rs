@@ -41,7 +41,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -137,5 +137,53 @@ mod cpu {
 
     pub(super) fn backward<T: Real>(args: Backward<'_>) {
         add_rows(args.grad_mask_token.into_slice(), args.grad_fill.as_slice::<T>());
+    }
+}
+
+mod launch {
+    use super::{Dims, Forward};
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::ops::rows;
+    use crate::{DType, Result};
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct AddPositionsForward {
+        out: DevPtr,
+        inp: DevPtr,
+        mask_token: DevPtr,
+        pos_embed: DevPtr,
+        ids_keep: DevPtr,
+        images: u32,
+        kept: u32,
+        patches: u32,
+        dim: u32,
+        blocks: u32,
+        fill_block: u32,
+    }
+    const _: () = assert!(size_of::<AddPositionsForward>() == 64);
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let blocks = rows::blocks(1 + dims.kept);
+        let fill_block = dims.images * blocks;
+        let params = AddPositionsForward {
+            out: args.out.dev_ptr(),
+            inp: args.inp.dev_ptr(),
+            mask_token: args.mask_token.dev_ptr(),
+            pos_embed: args.pos_embed.dev_ptr(),
+            ids_keep: args.ids_keep.dev_ptr(),
+            images: dims.images as u32,
+            kept: dims.kept as u32,
+            patches: dims.patches as u32,
+            dim: dims.dim as u32,
+            blocks: blocks as u32,
+            fill_block: fill_block as u32,
+        };
+        let kernel = match dims.dtype {
+            DType::Bf16 => "add_positions_forward_bf16",
+            _ => "add_positions_forward_f32",
+        };
+        let grid = fill_block + rows::blocks(dims.patches);
+        gpu.launch(kernel, grid, rows::THREADS, 0, &params)
     }
 }

@@ -33,9 +33,45 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     args.out.expect(call, "out", to, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => cpu::forward(args),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args)?,
     }
     Ok(())
+}
+
+mod launch {
+    use std::mem::offset_of;
+
+    use super::Forward;
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::{DType, Result};
+
+    /// As `Cast` in kernels/cast.cu.
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct Params {
+        out: DevPtr,
+        inp: DevPtr,
+        count: i64,
+    }
+    const _: () = assert!(size_of::<Params>() == 24 && offset_of!(Params, count) == 16);
+
+    const THREADS: u32 = 256;
+    /// Elements of a thread.
+    const ELEMS: usize = 16;
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>) -> Result<()> {
+        let count = args.inp.elems();
+        if count == 0 {
+            return Ok(());
+        }
+        let kernel = match args.inp.dtype() {
+            DType::F32 => "cast_to_bf16",
+            _ => "cast_to_f32",
+        };
+        let (out, inp) = (args.out.dev_ptr(), args.inp.dev_ptr());
+        let params = Params { out, inp, count: count as i64 };
+        gpu.launch(kernel, count.div_ceil(THREADS as usize * ELEMS), THREADS, 0, &params)
+    }
 }
 
 mod cpu {

@@ -38,7 +38,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -51,7 +51,7 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -142,5 +142,66 @@ mod cpu {
                 }
             }
         });
+    }
+}
+
+mod launch {
+    use super::{Backward, Dims, Forward};
+    use crate::Result;
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::ops::rows;
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct GatherTokensForward {
+        out: DevPtr,
+        inp: DevPtr,
+        ids_masked: DevPtr,
+        patches: u32,
+        masked: u32,
+        chunks: u32,
+        blocks: u32,
+    }
+    const _: () = assert!(size_of::<GatherTokensForward>() == 40);
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct GatherTokensBackward {
+        grad_inp: DevPtr,
+        grad_out: DevPtr,
+        ids_restore: DevPtr,
+        patches: u32,
+        masked: u32,
+        chunks: u32,
+        blocks: u32,
+    }
+    const _: () = assert!(size_of::<GatherTokensBackward>() == 40);
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let blocks = rows::blocks(dims.masked);
+        let params = GatherTokensForward {
+            out: args.out.dev_ptr(),
+            inp: args.inp.dev_ptr(),
+            ids_masked: args.ids_masked.dev_ptr(),
+            patches: dims.patches as u32,
+            masked: dims.masked as u32,
+            chunks: rows::chunks(dims.dtype, dims.dim),
+            blocks: blocks as u32,
+        };
+        gpu.launch("gather_tokens_forward", dims.images * blocks, rows::THREADS, 0, &params)
+    }
+
+    pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> {
+        let blocks = rows::blocks(1 + dims.patches);
+        let params = GatherTokensBackward {
+            grad_inp: args.grad_inp.dev_ptr(),
+            grad_out: args.grad_out.dev_ptr(),
+            ids_restore: args.ids_restore.dev_ptr(),
+            patches: dims.patches as u32,
+            masked: dims.masked as u32,
+            chunks: rows::chunks(dims.dtype, dims.dim),
+            blocks: blocks as u32,
+        };
+        gpu.launch("gather_tokens_backward", dims.images * blocks, rows::THREADS, 0, &params)
     }
 }

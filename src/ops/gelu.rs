@@ -34,7 +34,10 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     args.out.expect(call, "out", dtype, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => {
+            let (out, inp) = (args.out.dev_ptr(), args.inp.dev_ptr());
+            launch::forward(gpu, dtype, out, inp, args.inp.elems())?;
+        }
     }
     Ok(())
 }
@@ -50,9 +53,87 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     args.grad_out.expect(call, "grad_out", dtype, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::backward::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => {
+            let (grad_inp, grad_out) = (args.grad_inp.dev_ptr(), args.grad_out.dev_ptr());
+            let (inp, count) = (args.inp.dev_ptr(), args.inp.elems());
+            launch::backward(gpu, dtype, grad_inp, grad_out, inp, count)?;
+        }
     }
     Ok(())
+}
+
+pub(super) mod launch {
+    use std::mem::offset_of;
+
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::{DType, Result};
+
+    /// As `GeluForward` in kernels/gelu.cu.
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct Forward {
+        out: DevPtr,
+        inp: DevPtr,
+        count: i64,
+    }
+    const _: () = assert!(size_of::<Forward>() == 24 && offset_of!(Forward, count) == 16);
+
+    /// As `GeluBackward` in kernels/gelu.cu.
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct Backward {
+        grad_inp: DevPtr,
+        grad_out: DevPtr,
+        inp: DevPtr,
+        count: i64,
+    }
+    const _: () = assert!(size_of::<Backward>() == 32 && offset_of!(Backward, count) == 24);
+
+    const THREADS: u32 = 256;
+
+    /// A thread takes 2 x 16 bytes.
+    fn grid(dtype: DType, count: usize) -> usize {
+        count.div_ceil(THREADS as usize * 2 * 16 / dtype.size_bytes())
+    }
+
+    /// `out = inp cdf(inp)`, `count` numbers.
+    pub(in crate::ops) fn forward(
+        gpu: &Gpu,
+        dtype: DType,
+        out: DevPtr,
+        inp: DevPtr,
+        count: usize,
+    ) -> Result<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        let kernel = match dtype {
+            DType::Bf16 => "gelu_forward_bf16",
+            _ => "gelu_forward_f32",
+        };
+        let params = Forward { out, inp, count: count as i64 };
+        gpu.launch(kernel, grid(dtype, count), THREADS, 0, &params)
+    }
+
+    /// `grad_inp = grad_out (cdf(inp) + inp pdf(inp))`, `count` numbers; `grad_inp` may be `grad_out`.
+    pub(in crate::ops) fn backward(
+        gpu: &Gpu,
+        dtype: DType,
+        grad_inp: DevPtr,
+        grad_out: DevPtr,
+        inp: DevPtr,
+        count: usize,
+    ) -> Result<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        let kernel = match dtype {
+            DType::Bf16 => "gelu_backward_bf16",
+            _ => "gelu_backward_f32",
+        };
+        let params = Backward { grad_inp, grad_out, inp, count: count as i64 };
+        gpu.launch(kernel, grid(dtype, count), THREADS, 0, &params)
+    }
 }
 
 pub(super) mod cpu {

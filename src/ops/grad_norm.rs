@@ -16,13 +16,17 @@ pub struct Forward<'a> {
     pub workspace: TensorMut<'a>,
 }
 
-/// Elements whose squares make one partial sum.
+/// Elements whose squares make one partial sum on the CPU.
 const PIECE: usize = 65_536;
 
 /// Bytes of workspace for `elems` (N) gradients.
 #[must_use]
 pub fn workspace_bytes(dev: &Device, elems: usize) -> usize {
-    carve_bytes(DType::F64, elems.div_ceil(PIECE))
+    let partials = match dev {
+        Device::Cpu(_) => elems.div_ceil(PIECE),
+        Device::Cuda(_) => launch::blocks(elems),
+    };
+    carve_bytes(DType::F64, partials)
 }
 
 /// `norm = sqrt(sum of grad^2)`, added up in f64, in a fixed order.
@@ -32,13 +36,14 @@ pub fn workspace_bytes(dev: &Device, elems: usize) -> usize {
 /// fields say; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let call = Call { op: "grad_norm", dev };
-    let dtype = args.grad.expect_real(call, "grad")?;
+    let dtype = args.grad.expect_real(call, "grad")?.wide();
     let [elems] = args.grad.dims(call, "grad", "(N)")?;
+    args.grad.expect(call, "grad", dtype, &[elems])?;
     args.norm.expect(call, "norm", dtype, &[1])?;
     expect_workspace(call, &args.workspace, workspace_bytes(dev, elems))?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args)?,
     }
     Ok(())
 }
@@ -65,5 +70,51 @@ mod cpu {
         });
         let [norm] = args.norm.into_slice::<T>() else { unreachable!("checked: (1)") };
         *norm = T::of(partials.iter().sum::<f64>().sqrt());
+    }
+}
+
+mod launch {
+    use super::Forward;
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::{DType, Result};
+
+    /// As in `kernels/grad_norm.cu`.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct PartialParams {
+        grad: DevPtr,
+        partials: DevPtr,
+        elems: i64,
+    }
+    const _: () = assert!(size_of::<PartialParams>() == 24);
+
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct SumParams {
+        norm: DevPtr,
+        partials: DevPtr,
+        count: i64,
+    }
+    const _: () = assert!(size_of::<SumParams>() == 24);
+
+    const BLOCK: u32 = 256;
+    const SUM_BLOCK: u32 = 512;
+    /// Elements of a block.
+    const PIECE: usize = 16_384;
+
+    /// Blocks for this many elements; each leaves a partial sum. One even where there is nothing to add up.
+    pub(super) fn blocks(elems: usize) -> usize {
+        elems.div_ceil(PIECE).max(1)
+    }
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>) -> Result<()> {
+        let elems = args.grad.elems();
+        let blocks = blocks(elems);
+        let (partials, _) = args.workspace.carve_tensor(DType::F64, blocks);
+        let partials = partials.dev_ptr();
+        let params = PartialParams { grad: args.grad.dev_ptr(), partials, elems: elems as i64 };
+        gpu.launch("grad_norm_partial", blocks, BLOCK, 0, &params)?;
+        let params = SumParams { norm: args.norm.dev_ptr(), partials, count: blocks as i64 };
+        gpu.launch("grad_norm_sum", 1, SUM_BLOCK, 0, &params)
     }
 }

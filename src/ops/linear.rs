@@ -2,10 +2,12 @@
 //!
 //! `out = inp weight^T + bias`, then `gelu(..)` or `residual + ..`.
 
-use super::{expect_nonzero, for_real};
+use super::{expect_nonzero, expect_vectors, for_real};
 use crate::device::Call;
 use crate::tensor::expect_workspace;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
+
+pub(in crate::ops) mod launch;
 
 /// What happens to the product and its bias.
 #[derive(Debug)]
@@ -86,7 +88,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -99,7 +101,7 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -136,6 +138,8 @@ fn dims(call: Call<'_>, inp: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<D
     expect_nonzero(call, "inp", inp.shape())?;
     let dims = Dims { rows: inp.elems() / inputs, inputs, outputs, dtype };
     expect_rows!(inp, call, "inp", dims, inputs);
+    expect_vectors(call, "inp", inp.shape())?;
+    expect_vectors(call, "weight.T", &[inputs, outputs])?;
     Ok(dims)
 }
 
@@ -177,12 +181,6 @@ impl Backward<'_> {
         }
         expect_workspace(call, &self.workspace, workspace_bytes(dev, dims.rows, dims.outputs))?;
         Ok(dims)
-    }
-}
-
-mod launch {
-    pub(super) fn workspace_bytes(_rows: usize, _outputs: usize) -> usize {
-        0
     }
 }
 

@@ -34,7 +34,10 @@ pub struct ForwardBackward<'a> {
 /// Bytes of workspace for `patches` (B M).
 #[must_use]
 pub fn workspace_bytes(dev: &Device, dtype: DType, patches: usize) -> usize {
-    carve_bytes(dtype, patches)
+    match dev {
+        Device::Cpu(_) => carve_bytes(dtype, patches),
+        Device::Cuda(_) => carve_bytes(DType::F64, launch::blocks(patches)),
+    }
 }
 
 /// Value and gradient in one pass.
@@ -60,7 +63,7 @@ pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
     }
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward_backward::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward_backward(gpu, args)?,
     }
     Ok(())
 }
@@ -108,5 +111,81 @@ mod cpu {
         let mean = sum([patch], |[x]| x) / T::of(n);
         let var = sum([patch], |[x]| (x - mean) * (x - mean)) / T::of(n - 1.0);
         (mean, T::ONE / (var + T::of(NORM_PIX_EPS)).sqrt())
+    }
+}
+
+mod launch {
+    use super::{ForwardBackward, NORM_PIX_EPS};
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::{DType, Result};
+
+    /// As in `kernels/masked_mse_loss.cu`.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct Params {
+        grad_pred: DevPtr,
+        pred: DevPtr,
+        target: DevPtr,
+        partials: DevPtr,
+        patches: i64,
+        numbers: u32,
+        norm_pix: u32,
+        grad_scale: f32,
+        eps: f32,
+    }
+    const _: () = assert!(size_of::<Params>() == 56);
+
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    struct SumParams {
+        loss: DevPtr,
+        partials: DevPtr,
+        count: i64,
+        scale: f64,
+    }
+    const _: () = assert!(size_of::<SumParams>() == 32);
+
+    const BLOCK: u32 = 256;
+    const SUM_BLOCK: u32 = 512;
+    /// Patches of a block: 8 warps take 8 each.
+    const PATCHES: usize = 64;
+
+    /// Blocks for this many patches; each leaves a partial sum.
+    pub(super) fn blocks(patches: usize) -> usize {
+        patches.div_ceil(PATCHES)
+    }
+
+    pub(super) fn forward_backward(gpu: &Gpu, args: ForwardBackward<'_>) -> Result<()> {
+        let numbers = *args.pred.shape().last().expect("checked: (B, M, E)");
+        let (elems, dtype) = (args.pred.elems(), args.pred.dtype());
+        let patches = elems / numbers;
+        let blocks = blocks(patches);
+        let (partials, _) = args.workspace.carve_tensor(DType::F64, blocks);
+        let partials = partials.dev_ptr();
+        let params = Params {
+            grad_pred: args.grad_pred.dev_ptr(),
+            pred: args.pred.dev_ptr(),
+            target: args.target.dev_ptr(),
+            partials,
+            patches: patches as i64,
+            numbers: numbers as u32,
+            norm_pix: u32::from(args.norm_pix),
+            grad_scale: (2.0 * args.scale / elems as f64) as f32,
+            eps: NORM_PIX_EPS as f32,
+        };
+        let in_registers = |most| numbers.is_multiple_of(4) && numbers <= most;
+        let kernel = match dtype {
+            DType::Bf16 if in_registers(256) => "masked_mse_loss_bf16_256",
+            DType::Bf16 if in_registers(768) => "masked_mse_loss_bf16_768",
+            DType::Bf16 => "masked_mse_loss_bf16_any",
+            _ if in_registers(256) => "masked_mse_loss_f32_256",
+            _ if in_registers(768) => "masked_mse_loss_f32_768",
+            _ => "masked_mse_loss_f32_any",
+        };
+        gpu.launch(kernel, blocks, BLOCK, 0, &params)?;
+        let count = blocks as i64;
+        let scale = args.scale / elems as f64;
+        let params = SumParams { loss: args.loss.dev_ptr(), partials, count, scale };
+        gpu.launch("masked_mse_loss_sum", 1, SUM_BLOCK, 0, &params)
     }
 }

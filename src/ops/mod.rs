@@ -84,6 +84,25 @@ fn expect_vectors(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::
     }
 }
 
+/// How kernels that move rows of tokens are launched: a warp takes a row, a block neighbouring rows of one image, 16 bytes
+/// of a row are a chunk. As in `kernels/common/rows.cuh`.
+mod rows {
+    use crate::DType;
+
+    const ROWS: usize = 4;
+    pub(super) const THREADS: u32 = 32 * ROWS as u32;
+
+    /// Blocks of an image of so many rows.
+    pub(super) fn blocks(rows: usize) -> usize {
+        rows.div_ceil(ROWS)
+    }
+
+    /// Chunks of a row, which [`expect_vectors`](super::expect_vectors) has found to be whole.
+    pub(super) fn chunks(dtype: DType, width: usize) -> u32 {
+        (width * dtype.size_bytes() / 16) as u32
+    }
+}
+
 /// Numbers of an RGB patch (E = 3 P P). A side whose square overflows is refused: it would pass for a small one.
 fn patch_numbers(call: Call<'_>, patch_size: usize) -> crate::Result<usize> {
     patch_size.checked_mul(patch_size).and_then(|n| n.checked_mul(3)).ok_or_else(|| {

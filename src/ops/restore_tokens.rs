@@ -26,7 +26,7 @@ pub struct Forward<'a> {
 pub struct Backward<'a> {
     /// `(B, 1 + K, W)`. Overwritten.
     pub grad_inp: TensorMut<'a>,
-    /// `(L, W)`: for each patch the sum over the images that mask it, first to last. Overwritten.
+    /// `(L, W)`: for each patch the sum over the images that mask it. Overwritten.
     pub grad_fill: TensorMut<'a>,
     /// `(B, 1 + L, W)`.
     pub grad_out: TensorRef<'a>,
@@ -43,7 +43,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -56,7 +56,7 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -172,5 +172,80 @@ mod cpu {
                 }
             });
         });
+    }
+}
+
+mod launch {
+    use super::{Backward, Dims, Forward};
+    use crate::cuda::{DevPtr, Gpu};
+    use crate::ops::rows;
+    use crate::{DType, Result};
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct RestoreTokensForward {
+        out: DevPtr,
+        inp: DevPtr,
+        fill: DevPtr,
+        ids_restore: DevPtr,
+        patches: u32,
+        kept: u32,
+        chunks: u32,
+        blocks: u32,
+    }
+    const _: () = assert!(size_of::<RestoreTokensForward>() == 48);
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct RestoreTokensBackward {
+        grad_inp: DevPtr,
+        grad_fill: DevPtr,
+        grad_out: DevPtr,
+        ids_restore: DevPtr,
+        images: u32,
+        patches: u32,
+        kept: u32,
+        width: u32,
+        stripes: u64,
+    }
+    const _: () = assert!(size_of::<RestoreTokensBackward>() == 56);
+
+    /// Bytes of a row that a block of `restore_tokens_backward_*` takes: 16 for each lane.
+    const STRIPE_BYTES: usize = 512;
+    const BACKWARD_THREADS: u32 = 256;
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let blocks = rows::blocks(1 + dims.patches);
+        let params = RestoreTokensForward {
+            out: args.out.dev_ptr(),
+            inp: args.inp.dev_ptr(),
+            fill: args.fill.dev_ptr(),
+            ids_restore: args.ids_restore.dev_ptr(),
+            patches: dims.patches as u32,
+            kept: dims.kept as u32,
+            chunks: rows::chunks(dims.dtype, dims.width),
+            blocks: blocks as u32,
+        };
+        gpu.launch("restore_tokens_forward", dims.images * blocks, rows::THREADS, 0, &params)
+    }
+
+    pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> {
+        let stripes = (dims.width * dims.dtype.size_bytes()).div_ceil(STRIPE_BYTES);
+        let params = RestoreTokensBackward {
+            grad_inp: args.grad_inp.dev_ptr(),
+            grad_fill: args.grad_fill.dev_ptr(),
+            grad_out: args.grad_out.dev_ptr(),
+            ids_restore: args.ids_restore.dev_ptr(),
+            images: dims.images as u32,
+            patches: dims.patches as u32,
+            kept: dims.kept as u32,
+            width: dims.width as u32,
+            stripes: stripes as u64,
+        };
+        let kernel = match dims.dtype {
+            DType::Bf16 => "restore_tokens_backward_bf16",
+            _ => "restore_tokens_backward_f32",
+        };
+        gpu.launch(kernel, (1 + dims.patches) * stripes, BACKWARD_THREADS, 0, &params)
     }
 }

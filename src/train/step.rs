@@ -132,7 +132,8 @@ impl Trainer {
         let images = settings.micro_batch;
         let masked = config.patches() - settings.kept;
         let batch = Batch { images, kept: settings.kept, predicted: masked };
-        let filter = settings.radius.map(|r| Filter::new(&dev, config.image_size, r)).transpose()?;
+        let filter =
+            settings.radius.map(|r| Filter::new(&dev, config.image_size, r)).transpose()?;
         let (exp_avg, moment_bytes) = mae.like_weights(&dev, "first moments")?;
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
@@ -151,7 +152,11 @@ impl Trainer {
         if let Some(filter) = &filter {
             let exact = dtype != DType::Bf16;
             needed = needed.max(low_freq_target::workspace_bytes(
-                &dev, pixel_dtype, images, filter, exact,
+                &dev,
+                pixel_dtype,
+                images,
+                filter,
+                exact,
             ));
         }
         let ((scratch, scalars, workspace), scratch_bytes) =

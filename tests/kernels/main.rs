@@ -6,5 +6,12 @@
 #![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
 #![cfg(pixmim_simt)]
 
+mod adamw;
 mod common;
+mod gather_tokens;
+mod grad_norm;
+mod input;
 mod low_freq_target;
+mod masked_mse_loss;
+mod random_masking;
+mod restore_tokens;

@@ -182,8 +182,11 @@ fn what_lies_in_the_band_comes_back_exactly_and_what_does_not_vanishes() {
         0.5 + 0.2 * (3.0 * turn * i as f64).cos() + 0.1 * (5.0 * turn * j as f64).sin()
     };
     let high = |i: usize, j: usize| 0.1 * (90.0 * turn * (i + 2 * j) as f64).cos();
-    let out =
-        filtered(&Filter::new(&cpu(), 224, 40.0).unwrap(), &grey(224, |i, j| low(i, j) + high(i, j)), 16);
+    let out = filtered(
+        &Filter::new(&cpu(), 224, 40.0).unwrap(),
+        &grey(224, |i, j| low(i, j) + high(i, j)),
+        16,
+    );
     close("image", &out, &grey(224, low), 5e-15);
 }
 

@@ -287,8 +287,7 @@ fn exactly(gpu: &Gpu, args: Forward<'_>) -> Result<()> {
         _ => "low_freq_target_centre_f32",
     };
     let at_once = filter.exact_images(images);
-    let (planes, rest) = workspace.carve_tensor(DType::F32, at_once * filter.exact_elems());
-    drop(rest);
+    let (planes, _) = workspace.carve_tensor(DType::F32, at_once * filter.exact_elems());
     let (planes, rest) = planes.split_at(at_once * 6 * s * s);
     let (rows, spectrum) = rest.split_at(at_once * 6 * s * n);
     let (planes, rows, spectrum) = (planes.dev_ptr(), rows.dev_ptr(), spectrum.dev_ptr());

@@ -36,7 +36,9 @@ impl Gallery {
         trainer: &Trainer,
     ) -> Result<Self> {
         let filter = match config.method.target {
-            Target::LowFreq => Some(Filter::new(trainer.device(), config.model.image_size, resolved.radius)?),
+            Target::LowFreq => {
+                Some(Filter::new(trainer.device(), config.model.image_size, resolved.radius)?)
+            }
             Target::Raw => None,
         };
         let target = match &filter {
@@ -103,7 +105,8 @@ impl Shown {
         let batch = Batch { images, kept, predicted: patches };
         let mut needed = trainer.mae.workspace_bytes(dev, batch);
         if let Some(filter) = filter {
-            needed = needed.max(low_freq_target::workspace_bytes(dev, DType::F32, images, filter, true));
+            needed =
+                needed.max(low_freq_target::workspace_bytes(dev, DType::F32, images, filter, true));
         }
         let ((mut acts, mut workspace, mut masked, mut pixels, mut target), _) =
             Arena::build(dev, "pictures", |arena| {
