@@ -31,6 +31,7 @@ fn main() -> Result<()> {
         decay_tokens: false,
         clip: 0.0,
         seed: 0,
+        record: true,
     };
     let mut trainer = Trainer::new(Device::cpu(), config, DType::F32, settings)?;
     // Image i is a wave of a direction and length of its own; bytes of any RGB images will do.

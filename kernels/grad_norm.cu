@@ -1,7 +1,8 @@
 // grad_norm.cu - L2 norm of a long vector.
 //
-// A block adds up the squares of a piece in f64, in which none of f32 overflows, and leaves one number; a second kernel of
-// one block adds these up. Pieces depend on the vector's length alone, so the bits do not depend on the GPU.
+// A block adds up the squares of a piece in f64, in which none of f32 overflows, and leaves one number; a second
+// kernel of one block adds these up. Pieces depend on the vector's length alone, so the bits do not depend on the
+// GPU.
 //
 // Bytes: 4 per number. f64 is no bottleneck where it has at least 5 additions a clock and SM.
 #include "common/block_sum.cuh"

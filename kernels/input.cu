@@ -1,11 +1,11 @@
-// input.cu - crops of uint8 images, read once: kept patches normalised in T, and either the whole crop as planes of bytes
-// or the masked patches normalised in f32.
+// input.cu - crops of uint8 images, read once: kept patches normalised in T, and either the whole crop as planes of
+// bytes or the masked patches normalised in f32.
 //
-// One thread block per image and row of patches. It copies the P rows of the image that it needs to shared memory, with
-// 16-byte copies from aligned addresses wherever rows start (an image's first and last bytes one by one), at most S pixels
-// of each: reflection folds a crop onto fewer columns, never more. Then it writes through two small tables: where each
-// row of the crop lies in shared memory, and how far into the row each column does. A thread makes four neighbours at a
-// time, so that a warp stores 128 bytes of a plane, 256 of bf16 patches, or 512 of f32 ones.
+// One thread block per image and row of patches. It copies the P rows of the image that it needs to shared memory,
+// with 16-byte copies from aligned addresses wherever rows start (an image's first and last bytes one by one), at
+// most S pixels of each: reflection folds a crop onto fewer columns, never more. Then it writes through two small
+// tables: where each row of the crop lies in shared memory, and how far into the row each column does. A thread makes
+// four neighbours at a time, so that a warp stores 128 bytes of a plane, 256 of bf16 patches, or 512 of f32 ones.
 //
 // Bytes: an image's crop once (3 S S and the ends of rows), 3 S S of planes or 4 M E of target, and K E of T.
 #include "common/ptx.cuh"
@@ -98,8 +98,8 @@ struct Rows {
   DEV uint32_t at(uint32_t row, uint32_t x) const { return row + lds<uint32_t>(column + 4 * x); }
 };
 
-// (byte / 255 - mean) / std. Product and sum are rounded once each, their remainders make up for most of the parts that
-// f32 has no room for: within 1 ulp of the exact value.
+// (byte / 255 - mean) / std. Scale and shift in two parts each leave two roundings, of the large sum and of the result:
+// within 1 ulp of the exact value.
 DEV float normalise(const InputForward& p, uint32_t channel, uint8_t byte) {
   const float x = (float)byte;
   return fma3(x, p.scale[channel][0], p.shift[channel][0]) + fma3(x, p.scale[channel][1], p.shift[channel][1]);
@@ -179,7 +179,8 @@ template <class T> DEV void forward(const InputForward& p) {
   for (uint32_t x = thread; x < p.grid; x += threads) sts(rows.place + 4 * x, ~0u);
   __syncthreads();
   for (uint32_t i = thread; i < p.kept + p.masked; i += threads) {
-    const int32_t id = i < p.kept ? load(p.ids_keep, image * p.kept + i) : load(p.ids_masked, image * p.masked + i - p.kept);
+    const int32_t id =
+        i < p.kept ? load(p.ids_keep, image * p.kept + i) : load(p.ids_masked, image * p.masked + i - p.kept);
     if (id / p.grid == patch_row) sts(rows.place + 4 * (id % p.grid), i);
   }
   cp_async_wait<0>();

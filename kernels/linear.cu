@@ -28,8 +28,20 @@ namespace linear {
 constexpr int WARPS = 8;
 constexpr int UNROLL = 4;
 
-template <class T> DEV void column_sums(const LinearColumnSums<T>& p) {
-  constexpr int N = Packed<T>::N, STRIPE = 32 * N;
+// What a lane reads of a row: 16 bytes, or four numbers where rows are no multiple of 16 bytes (the 588 numbers of a patch
+// of 14 x 14 in bf16).
+template <class T> struct Whole : Packed<T> {
+  DEV static Whole read(Global<const T> p, int64_t i) { return {load_packed(p, i)}; }
+};
+template <class T> struct Four {
+  static constexpr int N = 4;
+  Vec<T, 4> x;
+  DEV float operator[](int i) const { return to_f32(x[i]); }
+  DEV static Four read(Global<const T> p, int64_t i) { return {load_vec<4>(p, i)}; }
+};
+
+template <class Piece, class T> DEV void column_sums(const LinearColumnSums<T>& p) {
+  constexpr int N = Piece::N, STRIPE = 32 * N;
   STATIC_SHARED(shared, WARPS * STRIPE * 4);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t slab = blockIdx.x / p.stripes;
@@ -40,14 +52,14 @@ template <class T> DEV void column_sums(const LinearColumnSums<T>& p) {
   float sums[N] = {};
   if (owns) {
     for (; row + (UNROLL - 1) * WARPS < end; row += UNROLL * WARPS) {
-      Packed<T> x[UNROLL];
-      for (int u = 0; u < UNROLL; u++) x[u] = load_packed(p.inp, (row + u * WARPS) * p.columns + column);
+      Piece x[UNROLL];
+      for (int u = 0; u < UNROLL; u++) x[u] = Piece::read(p.inp, (row + u * WARPS) * p.columns + column);
       for (int u = 0; u < UNROLL; u++) {
         for (int i = 0; i < N; i++) sums[i] += x[u][i];
       }
     }
     for (; row < end; row += WARPS) {
-      const Packed<T> x = load_packed(p.inp, row * p.columns + column);
+      const Piece x = Piece::read(p.inp, row * p.columns + column);
       for (int i = 0; i < N; i++) sums[i] += x[i];
     }
   }
@@ -89,6 +101,7 @@ DEV void add_partials(const LinearAddPartials& p) {
 
 }  // namespace linear
 
-HOT_KERNEL(linear_column_sums_bf16, LinearColumnSums<bf16>, 256, 4) { linear::column_sums(p); }
-HOT_KERNEL(linear_column_sums_f32, LinearColumnSums<float>, 256, 4) { linear::column_sums(p); }
+HOT_KERNEL(linear_column_sums_bf16, LinearColumnSums<bf16>, 256, 4) { linear::column_sums<linear::Whole<bf16>>(p); }
+HOT_KERNEL(linear_column_sums_bf16_by_4, LinearColumnSums<bf16>, 256, 4) { linear::column_sums<linear::Four<bf16>>(p); }
+HOT_KERNEL(linear_column_sums_f32, LinearColumnSums<float>, 256, 4) { linear::column_sums<linear::Whole<float>>(p); }
 HOT_KERNEL(linear_add_partials, LinearAddPartials, 512, 2) { linear::add_partials(p); }

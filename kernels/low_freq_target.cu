@@ -86,7 +86,6 @@ template <class P> DEV void rows(uint32_t out, Global<const uint8_t> plane, int 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const Quadrants from = next[r];
-      if (k + 1 < P::TILES) next[r] = quadrants<P>(words, y + 2 * r, 4 * (k + 1) + t);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float part[4][2];
@@ -106,6 +105,7 @@ template <class P> DEV void rows(uint32_t out, Global<const uint8_t> plane, int 
 #pragma unroll
         for (int parity = 0; parity < 4; parity++) a[parity][2 * half + r] = pack_f16(part[parity][0], part[parity][1]);
       }
+      if (k + 1 < P::TILES) next[r] = quadrants<P>(words, y + 2 * r, 4 * (k + 1) + t);
     }
 #pragma unroll
     for (int n = 0; n < 6; n++) {
@@ -230,12 +230,15 @@ template <int SIDES> struct Stage {
   }
 };
 
-// Place of each patch among the masked, -1: not masked. (grid grid) i16 at `places`, for the whole block.
+// Patches of an image that a block has room for.
+constexpr int MOST_PATCHES = 4096;
+
+// Place of each patch among the masked, -1: not masked. (grid grid) i32 at `places`, for the whole block.
 DEV void find_places(uint32_t places, const LowFreqTarget& p, int64_t image) {
-  for (int i = threadIdx.x; i < p.grid * p.grid; i += blockDim.x) sts<int16_t>(places + 2 * i, -1);
+  for (int i = threadIdx.x; i < p.grid * p.grid; i += blockDim.x) sts<int32_t>(places + 4 * i, -1);
   __syncthreads();
   for (int m = threadIdx.x; m < p.masked; m += blockDim.x)
-    sts<int16_t>(places + 2 * load(p.ids_masked, image * p.masked + m), (int16_t)m);
+    sts<int32_t>(places + 4 * load(p.ids_masked, image * p.masked + m), m);
   __syncthreads();
 }
 
@@ -250,7 +253,8 @@ DEV void inverse_rows(const LowFreqTarget& p, int64_t image, const Columns<P, SI
   // As a writer: one float of the 48 of a patch row's 16 pixels, of every other row.
   const int writer = threadIdx.x % 96, number = writer % 48, pixel = number / 3, colour = number % 3;
   const int numbers = 3 * p.patch * p.patch;
-  const Global<float> target = p.target + image * p.masked * numbers + colour;
+  const Global<float> target = p.target + image * p.masked * numbers;
+  constexpr int BATCH = 4;
 #pragma unroll 1
   for (int step = 0; step < P::TILES; step++) {
 #pragma unroll
@@ -301,14 +305,22 @@ DEV void inverse_rows(const LowFreqTarget& p, int64_t image, const Columns<P, SI
 #pragma unroll
       for (int side = 0; side < SIDES; side++)
 #pragma unroll 1
-        for (int row = writer / 48; row < 16; row += 2) {
-          const int from_centre = tile * 16 + row;
-          const int y = first_side + side == 0 ? P::H + from_centre : P::H - 1 - from_centre;
-          const int patch_row = y * p.reciprocal >> 20, in_row = y - patch_row * p.patch;
-          const int place = lds<int16_t>(places + 2 * (patch_row * p.grid + patch_column));
-          if (place < 0) continue;
-          const float value = lds<float>(Stage<SIDES>::at(stage, colour, side, row, half, pixel));
-          store(target, (int64_t)place * numbers + (in_row * p.patch + in_column) * 3, value);
+        for (int rows = writer / 48; rows < 16; rows += 2 * BATCH) {
+          // All loads of a batch are under way before the first store.
+          float value[BATCH];
+          int at[BATCH];
+#pragma unroll
+          for (int i = 0; i < BATCH; i++) {
+            const int row = rows + 2 * i, from_centre = tile * 16 + row;
+            const int y = first_side + side == 0 ? P::H + from_centre : P::H - 1 - from_centre;
+            const int patch_row = y * p.reciprocal >> 20, in_row = y - patch_row * p.patch;
+            value[i] = lds<float>(Stage<SIDES>::at(stage, colour, side, row, half, pixel));
+            const int place = lds<int32_t>(places + 4 * (patch_row * p.grid + patch_column));
+            at[i] = place < 0 ? -1 : place * numbers + (in_row * p.patch + in_column) * 3 + colour;
+          }
+#pragma unroll
+          for (int i = 0; i < BATCH; i++)
+            if (at[i] >= 0) store(target, at[i], value[i]);
         }
     }
     named_barrier(1 + warp / 3, 96);
@@ -322,8 +334,8 @@ template <class P> struct Image {
   static constexpr int ROUNDS = (BINS + WARPS - 1) / WARPS;
   // The combination overwrites the folded rows it is made of.
   static constexpr int FOLDED = 2 * P::TABLE, STAGES = FOLDED + 3 * 8 * P::PART;
-  static constexpr int PLACES = STAGES + WARPS / 3 * Stage<2>::BYTES, MOST_PATCHES = 4096;
-  static constexpr int BYTES = PLACES + 2 * MOST_PATCHES;
+  static constexpr int PLACES = STAGES + WARPS / 3 * Stage<2>::BYTES;
+  static constexpr int BYTES = PLACES + 4 * MOST_PATCHES;
   static_assert(P::Q == P::SLICE && FOLDED + 3 * 4 * P::FOLDED <= PLACES && BYTES <= 227 * 1024, "");
 };
 
@@ -416,7 +428,7 @@ template <class P> struct Back {
   static constexpr int CHUNK = 3 * 2 * P::PART;  // both parities of a pair and slice, of three channels
   static constexpr int CHUNKS = 2 * P::TABLE, BYTES = CHUNKS + 2 * CHUNK;
   static constexpr int STAGES = CHUNKS, PLACES = STAGES + WARPS / 3 * Stage<1>::BYTES;  // once the chunks are used
-  static_assert(2 * P::TILES % 4 == 0 && PLACES + 2 * 4096 <= BYTES && BYTES <= 227 * 1024, "");
+  static_assert(2 * P::TILES % 4 == 0 && PLACES + 4 * MOST_PATCHES <= BYTES && BYTES <= 227 * 1024, "");
 };
 template <class P> DEV void load_chunk(const LowFreqTarget& p, int64_t image, int chunk, uint32_t to) {
   constexpr int UNITS = P::SLICE / 8, SLICES = P::Q / P::SLICE;  // 16-byte units of a row
@@ -452,7 +464,7 @@ template <class P> DEV void back(const LowFreqTarget& p) {
   inverse_rows<P, 1>(p, image, columns, tile % P::TILES, side, cosines, sines, cosines + K::STAGES, cosines + K::PLACES);
 }
 
-static_assert(Image<Plan224>::BYTES == 216128 && Forth<Plan448>::BYTES == 189440 && Back<Plan448>::BYTES == 218112,
+static_assert(Image<Plan224>::BYTES == 224320 && Forth<Plan448>::BYTES == 189440 && Back<Plan448>::BYTES == 218112,
               "as in src/ops/low_freq_target/launch.rs");
 }  // namespace low_freq_target
 

@@ -1,9 +1,9 @@
 // masked_mse_loss.cu - mean squared error over the numbers of masked patches and its gradient, in one pass.
 //
-// One warp per patch. It holds the patch's target and prediction in registers, 4 neighbours a lane and step, so that the
-// target's mean and variance (two-pass) cost no second read; patches too long or too odd for that are read again instead.
-// A warp takes 8 patches, a block 64; each block leaves one f64, and a second kernel of one block adds these up. Both
-// orders depend on the number of patches alone.
+// One warp per patch. It holds the patch's target and prediction in registers, 4 neighbours a lane and step, so that
+// the target's mean and variance (two-pass) cost no second read; patches too long or too odd for that are read again
+// instead. A warp takes 8 patches, a block 64; each block leaves one f64, and a second kernel of one block adds these
+// up. Both orders depend on the number of patches alone.
 //
 // Bytes: a number of target (4), prediction and gradient (sizeof(T) each), all once.
 #include "common/block_sum.cuh"
@@ -123,7 +123,7 @@ template <class T> struct InPasses {
   }
 };
 
-template <class How> DEV void forward_backward(const MaskedMseLoss& p) {
+template <class How> DEV void run(const MaskedMseLoss& p) {
   double loss = 0;
   for (int i = 0; i < kPatchesOfWarp; i++) {
     const int64_t patch = ((int64_t)blockIdx.x * kPatchesOfWarp + i) * kWarps + threadIdx.x / 32;
@@ -144,10 +144,10 @@ DEV void sum(const MaskedMseLossSum& p) {
 
 using masked_mse_loss::InPasses;
 using masked_mse_loss::InRegisters;
-HOT_KERNEL(masked_mse_loss_bf16_256, MaskedMseLoss, 256, 5) { masked_mse_loss::forward_backward<InRegisters<bf16, 2>>(p); }
-HOT_KERNEL(masked_mse_loss_bf16_768, MaskedMseLoss, 256, 3) { masked_mse_loss::forward_backward<InRegisters<bf16, 6>>(p); }
-KERNEL(masked_mse_loss_bf16_any, MaskedMseLoss, 256, 4) { masked_mse_loss::forward_backward<InPasses<bf16>>(p); }
-HOT_KERNEL(masked_mse_loss_f32_256, MaskedMseLoss, 256, 5) { masked_mse_loss::forward_backward<InRegisters<float, 2>>(p); }
-HOT_KERNEL(masked_mse_loss_f32_768, MaskedMseLoss, 256, 3) { masked_mse_loss::forward_backward<InRegisters<float, 6>>(p); }
-KERNEL(masked_mse_loss_f32_any, MaskedMseLoss, 256, 4) { masked_mse_loss::forward_backward<InPasses<float>>(p); }
+HOT_KERNEL(masked_mse_loss_bf16_256, MaskedMseLoss, 256, 5) { masked_mse_loss::run<InRegisters<bf16, 2>>(p); }
+HOT_KERNEL(masked_mse_loss_bf16_768, MaskedMseLoss, 256, 3) { masked_mse_loss::run<InRegisters<bf16, 6>>(p); }
+KERNEL(masked_mse_loss_bf16_any, MaskedMseLoss, 256, 4) { masked_mse_loss::run<InPasses<bf16>>(p); }
+HOT_KERNEL(masked_mse_loss_f32_256, MaskedMseLoss, 256, 5) { masked_mse_loss::run<InRegisters<float, 2>>(p); }
+HOT_KERNEL(masked_mse_loss_f32_768, MaskedMseLoss, 256, 3) { masked_mse_loss::run<InRegisters<float, 6>>(p); }
+KERNEL(masked_mse_loss_f32_any, MaskedMseLoss, 256, 4) { masked_mse_loss::run<InPasses<float>>(p); }
 KERNEL(masked_mse_loss_sum, MaskedMseLossSum, 1024, 1) { masked_mse_loss::sum(p); }

@@ -1,8 +1,9 @@
 // random_masking.cu - the shuffle of each image's patches, as src/ops/random_masking.rs defines it.
 //
-// One thread block per image. Every block of patches gets a random word (Philox, the same as on the CPU) above its id in
-// a 64-bit key; a bitonic sort in shared memory orders the keys, so equal words keep the order of their ids. Then one
-// warp adds up where each block of patches starts, since those at the image's edge may be cut, and all threads write.
+// One thread block per image. Every block of patches gets a random word (Philox, the same as on the CPU) above its id
+// in a 64-bit key; a bitonic sort in shared memory orders the keys, so equal words keep the order of their ids. Then
+// one warp adds up where each block of patches starts, since those at the image's edge may be cut, and all threads
+// write.
 //
 // Bytes: 8 L written per image. The work is the sort: log2(G) (log2(G) + 1) / 2 steps of G / 2 exchanges.
 #include "common/philox.cuh"
@@ -28,7 +29,7 @@ namespace random_masking {
 
 // Sorts `slots` keys at `keys`, ascending; all threads call it, and see the result.
 DEV void sort(uint32_t keys, uint32_t slots) {
-  // Exchanges over at most this distance stay within the 64 keys of one warp, for which a barrier of the warp is enough.
+  // Exchanges over at most this distance stay within the 64 keys of one warp, which need a barrier of the warp only.
   constexpr uint32_t kWarpStride = 32;
   uint32_t last_stride = slots;
   for (uint32_t size = 2; size <= slots; size *= 2) {

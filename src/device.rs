@@ -167,6 +167,21 @@ impl Device {
         }
     }
 
+    /// Copies a tensor of this device into another of the same dtype and shape.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn copy(&self, dst: TensorMut<'_>, src: TensorRef<'_>) -> Result<()> {
+        let call = Call { op: "copy", dev: self };
+        src.expect(call, "src", src.dtype(), src.shape())?;
+        dst.expect(call, "dst", src.dtype(), src.shape())?;
+        match self {
+            Self::Cpu(_) => dst.copy_host(src),
+            Self::Cuda(gpu) => gpu.driver().copy(dst.dev_ptr(), src.dev_ptr(), src.bytes())?,
+        }
+        Ok(())
+    }
+
     /// Sets every byte to zero, which is the number 0 in every dtype.
     ///
     /// # Errors

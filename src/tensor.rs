@@ -168,12 +168,15 @@ macro_rules! common {
                 })
             }
 
-            /// Refuses the tensor unless it holds what the device computes with: f32 or f64 on the CPU, f32 or bf16 on a
-            /// GPU.
+            /// Refuses the tensor unless it is where the op runs and holds what the device computes with: f32 or f64 on
+            /// the CPU, f32 or bf16 on a GPU.
             pub(crate) fn expect_real(&self, call: Call<'_>, arg: &'static str) -> Result<DType> {
                 let expected = match (call.dev, self.dtype) {
                     (Device::Cpu(_), DType::F32 | DType::F64)
-                    | (Device::Cuda(_), DType::F32 | DType::Bf16) => return Ok(self.dtype),
+                    | (Device::Cuda(_), DType::F32 | DType::Bf16) => {
+                        call.expect_place(arg, self.place, self.ptr)?;
+                        return Ok(self.dtype);
+                    }
                     (Device::Cpu(_), _) => "F32 or F64".into(),
                     (Device::Cuda(_), _) => "F32 or Bf16".into(),
                 };
@@ -383,6 +386,18 @@ mod memory {
             place: Place,
         ) -> Self {
             Self { ptr, shape, dtype, place, life: PhantomData }
+        }
+
+        /// Copies as many bytes. Host memory only: see [`Device::copy`](crate::Device::copy).
+        pub(crate) fn copy_host(self, src: TensorRef<'_>) {
+            assert_eq!(
+                (self.place, src.place),
+                (Place::Host, Place::Host),
+                "the caller has looked"
+            );
+            assert_eq!(self.bytes(), src.bytes(), "the caller has looked");
+            // SAFETY: both views cover `bytes` of host memory; an exclusive borrow and a shared one do not overlap.
+            unsafe { self.ptr.copy_from_nonoverlapping(src.ptr, src.bytes()) }
         }
 
         /// Sets every byte to zero, which is the number 0 in every dtype. Host memory only: see

@@ -94,7 +94,7 @@ fn mistakes_in_options_are_sentences_with_exit_code_1() {
         (&["--prest", "tiny"][..], "unexpected argument '--prest' found"),
         (&["--preset", "bse"], "a similar value exists: 'base'"),
         (&["--method", "beit"], "invalid value 'beit' for '--method"),
-        (&["--device", "gpu"], "[possible values: auto, cpu, cuda]"),
+        (&["--device", "gpu"], "[possible values: auto, cpu, cuda, simt]"),
         (&["--steps", "1", "--epochs", "1"], "cannot be used with"),
         (&["--resume", "auto", "--overwrite"], "cannot be used with"),
         (&["photos"], "photos"),

@@ -276,7 +276,7 @@ fn values_of_a_wrong_type_or_range_are_refused_with_what_is_expected() {
             "expected epochs like \"40ep\" or updates like \"1000it\"",
         ),
         ("[schedule]\nsteps = 1.5", "`schedule.steps` is 1.5, expected a whole number"),
-        ("[runtime]\ndevice = 'gpu'", "expected \"auto\", \"cpu\" or \"cuda\""),
+        ("[runtime]\ndevice = 'gpu'", "expected \"auto\", \"cpu\", \"cuda\" or \"simt\""),
         ("[runtime]\nseed = -1", "expected a whole number from 0"),
         ("[runtime]\nthreads = 0", "expected a whole number from 1 to 1024, or \"auto\""),
         ("[log]\nevery = 0", "expected a whole number from 1"),

@@ -1,7 +1,7 @@
 //! The rows that the decoder's tokens are put together from.
 
 use criterion::Criterion;
-use pixmim::ops::add_positions::{self, Backward, Forward};
+use pixmim::ops::add_positions::{self, Backward, Forward, workspace_bytes};
 use pixmim::{DType, Device};
 
 use crate::{Masks, WORKLOADS, bytes, random, time, zeros};
@@ -29,6 +29,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         });
         let grad_fill = random(&[patches, dim]);
         let mut grad_mask_token = zeros(DType::F32, &[dim]);
+        let mut workspace = zeros(DType::U8, &[workspace_bytes(&dev, patches, dim)]);
         let work = bytes(&[&grad_fill]);
         time(criterion, "add_positions", "backward", w.name, work, || {
             add_positions::backward(
@@ -36,6 +37,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                 Backward {
                     grad_mask_token: grad_mask_token.view_mut(),
                     grad_fill: grad_fill.view(),
+                    workspace: workspace.view_mut(),
                 },
             )
         });

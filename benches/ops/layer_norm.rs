@@ -38,8 +38,10 @@ pub(crate) fn bench(criterion: &mut Criterion) {
             let mut grad_inp = zeros(DType::F32, &full);
             let mut grad_weight = zeros(DType::F32, &[dim]);
             let mut grad_bias = zeros(DType::F32, &[dim]);
-            let mut workspace =
-                zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, w.images, dim)]);
+            let mut workspace = zeros(
+                DType::U8,
+                &[workspace_bytes(&Device::cpu(), DType::F32, w.images * tokens, dim)],
+            );
             // `grad_inp` accumulates: it is read and written.
             let work = bytes(&[&inp, &grad_out, &grad_inp, &grad_inp, &mean, &rstd]);
             time(criterion, "layer_norm", "backward", &shape, work, || {

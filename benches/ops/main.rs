@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use pixmim::rng::{Purpose, Stream};
-use pixmim::{Arena, Cpu, DType, Device, Products, Tensor};
+use pixmim::{Cpu, DType, Device, Products, Tensor};
 use workload::{SMALL64, VIT_B, Workload};
 
 const WORKLOADS: [Workload; 2] = [SMALL64, VIT_B];

@@ -69,7 +69,7 @@ pub(crate) struct Train {
     method: Option<String>,
     /// Where it computes [default: auto].
     #[arg(long, value_name = "NAME")]
-    #[arg(value_parser = PossibleValuesParser::new(["auto", "cpu", "cuda"]))]
+    #[arg(value_parser = PossibleValuesParser::new(["auto", "cpu", "cuda", "simt"]))]
     device: Option<String>,
     /// Folder of the run [default: runs/<date>_<time>_<preset>_<method>, in UTC].
     #[arg(long, value_name = "FOLDER")]

@@ -1,10 +1,12 @@
 //! `pretrain_vit doctor`: what was found on this machine, what is missing, and what to type next.
-//! Nothing is loaded, trained or left behind.
+//! Nothing is trained or left behind.
 
 use std::fs::OpenOptions;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pixmim::Products;
+#[cfg(feature = "cuda")]
+use pixmim::cuda::{kernels, probe};
 
 use crate::cli::{PHOTOS, RUNS};
 use crate::progress::say;
@@ -104,38 +106,31 @@ fn memory() -> Option<String> {
     Some(format!("{:.1} GiB, {:.1} GiB of it available", gib("MemTotal")?, gib("MemAvailable")?))
 }
 
-/// Looks for an NVIDIA driver without loading it: what is loaded could only be used by kernels for CUDA.
+/// What the library itself finds when it is asked for a GPU.
+#[cfg(feature = "cuda")]
 fn gpu() {
-    let version = std::fs::read_to_string("/proc/driver/nvidia/version");
-    let library = find_library("libcuda.so.1");
-    let found = match (&version, &library) {
-        (Ok(version), _) => version.lines().next().unwrap_or("NVIDIA driver").trim().to_owned(),
-        (Err(_), Some(path)) => format!("NVIDIA driver library {}", path.display()),
-        (Err(_), None) => "no NVIDIA driver".to_owned(),
-    };
-    row("gpu", false, &format!("{found}; training runs on the CPU"));
-    if version.is_ok() || library.is_some() {
-        cure("this version of pixmim has no CUDA kernels yet: leave --device at auto or cpu");
+    match probe::probe() {
+        Ok(found) => {
+            for line in found.to_string().lines() {
+                row("gpu", true, line);
+            }
+        }
+        Err(why) => {
+            row("gpu", false, "none that can be used: training runs on the CPU");
+            cure(&why.to_string());
+        }
+    }
+    let (kernels, compiled) = (kernels::KERNELS.len(), !kernels::FATBINS.is_empty());
+    let built = if compiled { "compiled for GPUs" } else { "not compiled for GPUs" };
+    row("kernels", compiled, &format!("{kernels} CUDA kernels, {built}"));
+    if !compiled {
+        cure("run scripts/get-nvcc and build again, or set CUDA_HOME");
     }
 }
 
-fn find_library(name: &str) -> Option<PathBuf> {
-    let set = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let usual = [
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib/aarch64-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-        "/usr/local/nvidia/lib64",
-        "/usr/local/cuda/compat",
-        "/usr/lib/wsl/lib",
-        "/run/opengl-driver/lib",
-    ];
-    std::env::split_paths(&set)
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .chain(usual.map(PathBuf::from))
-        .map(|folder| folder.join(name))
-        .find(|path| path.exists())
+#[cfg(not(feature = "cuda"))]
+fn gpu() {
+    row("gpu", false, "this build leaves CUDA out: training runs on the CPU");
 }
 
 fn count_photos(folder: &Path) -> usize {

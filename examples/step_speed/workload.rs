@@ -62,6 +62,7 @@ impl Workload {
             decay_tokens: false,
             clip: 0.0,
             seed: 0,
+            record: true,
         };
         Trainer::new(Device::Cpu(Cpu { products }), self.config, DType::F32, settings)
     }

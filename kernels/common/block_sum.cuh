@@ -2,8 +2,8 @@
 #pragma once
 #include "ptx.cuh"
 
-// Butterflies within each warp, then one warp after another. All threads of the block call it, whole warps and at most 32
-// of them, once in a kernel; all get the result.
+// Butterflies within each warp, then one warp after another. All threads of the block, whole warps and at most 32 of
+// them, call it, once in a kernel; all get the result.
 DEV double block_sum(double x) {
   STATIC_SHARED(sums, 32 * sizeof(double));
 #pragma unroll

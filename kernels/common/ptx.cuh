@@ -5,7 +5,7 @@
 // global memory through `Global<T>`, shared memory through 32-bit addresses. That is what lets the executor check
 // every access; on the device it costs nothing.
 //
-// Host twins take a hidden last argument, the place in the source, for messages: SITE and LINE are nothing on the device.
+// Host twins take a hidden last argument, the place in the source, for messages; on the device SITE and LINE are empty.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -305,7 +305,8 @@ template <class T> DEV void sts(uint32_t address, T value SITE) {
   } else {
     uint32_t x[4];
     memcpy(x, &value, 16);
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
   }
 #else
   simt::sts<T>(address, value LINE);
@@ -335,7 +336,7 @@ template <int KEEP> DEV void cp_async_wait() { asm volatile("cp.async.wait_group
 template <int KEEP> DEV void cp_async_wait() { simt::cp_async_wait(KEEP); }
 #endif
 
-// ---- barriers, votes, shuffles, reductions ---------------------------------------------------------------------------
+// ---- barriers, votes, shuffles, reductions -------------------------------------------------------------------------
 // __syncthreads, __syncwarp, __shfl_{,xor_,up_,down_}sync, __ballot_sync, __any_sync, __all_sync have CUDA's names.
 // A barrier of `threads` threads (a multiple of 32) under a number of 1 to 15; 0 is __syncthreads.
 DEV void named_barrier(int number, int threads SITE) {
@@ -388,14 +389,16 @@ DEV void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address SITE) {
 }
 DEV void ldmatrix_x2(uint32_t (&r)[2], uint32_t address SITE) {
 #ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
 #else
   simt::ldmatrix<2>(r, address, false LINE);
 #endif
 }
 DEV void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address SITE) {
 #ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
 #else
   simt::ldmatrix<2>(r, address, true LINE);
 #endif
@@ -407,12 +410,15 @@ DEV void ldmatrix_x1(uint32_t (&r)[1], uint32_t address SITE) {
   simt::ldmatrix<1>(r, address, false LINE);
 #endif
 }
-// c (16x8, f32) += a (16x16) b (16x8): mma.sync m16n8k16. With g = lane/4, t = lane%4: c holds rows g, g+8 at columns 2t,
-// 2t+1; a holds (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..); b holds (2t.., g), (2t+8.., g); pairs low first.
+// c (16x8, f32) += a (16x16) b (16x8): mma.sync m16n8k16. With g = lane/4, t = lane%4: c holds rows g, g+8 at columns
+// 2t, 2t+1; a holds (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..); b holds (2t.., g), (2t+8.., g); pairs low
+// first.
 DEV void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 SITE) {
 #ifdef __CUDACC__
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   const uint32_t b[2] = {b0, b1};
   float* const tiles[1] = {c};
@@ -422,7 +428,8 @@ DEV void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 DEV void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 SITE) {
 #ifdef __CUDACC__
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   const uint32_t b[2] = {b0, b1};
   float* const tiles[1] = {c};

@@ -9,7 +9,7 @@ struct PixmimSimtOptions {
   uint32_t threads;  // OS threads; 0: one per core
   uint32_t checks;   // 1: races, uninitialised and unwaited reads, in shared and global memory
 };
-// Runs a kernel to its end. Returns 0, or 1 with a sentence in `text` (kernel, block, thread, source line and what it did).
+// Runs a kernel to its end. Returns 0, or 1 with a sentence in `text` (kernel, block, thread, line, what it did).
 int pixmim_simt_launch(const char* kernel, const void* params, size_t params_bytes, uint32_t grid, uint32_t block,
                        uint32_t shared_bytes, const PixmimSimtOptions* options, char* text, size_t text_bytes);
 // Memory between guard pages, filled with 0xff (NaN in bf16, f16, f32 and f64), marked as never written. `front`: the

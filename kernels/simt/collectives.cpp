@@ -16,7 +16,12 @@ void fail_barrier(Site site) {
   fail(site, "divergent barrier: __syncthreads here while %u threads wait in __syncthreads at %s:%d", m.at_barrier,
        short_path(m.barrier_site.file), m.barrier_site.line);
 }
+static void check_time(const Warp& w, Site site) {
+  if (w.clock.now >= kMaxWarpTime)
+    fail(site, "more than %u barriers and __syncwarp in one block: the executor counts no further", kMaxWarpTime / 2);
+}
 void release_barrier(Sm& m) {
+  check_time(m.warps[0], m.barrier_site);
   m.at_barrier = 0;
   m.clock.sync_all();
   for (uint32_t i = 0; i < m.nwarps; i++) {
@@ -29,7 +34,8 @@ void release_barrier(Sm& m) {
 
 void check_named(Sm& m, int number, int threads, Site site) {
   if (number < 1 || number > 15 || threads < 32 || threads % 32 || (uint32_t)threads > m.threads)
-    fail(site, "named barrier %d of %d threads: numbers are 1 to 15, threads whole warps of the block", number, threads);
+    fail(site, "named barrier %d of %d threads: numbers are 1 to 15, threads whole warps of the block", number,
+         threads);
   NamedBarrier& b = m.named[number];
   if (!b.arrived) {
     b.threads = (uint32_t)threads;
@@ -57,7 +63,7 @@ void release_named(Sm& m, uint32_t number) {
   memset(&b, 0, sizeof b);
 }
 void release_syncwarp(Warp& w, uint32_t mask, Site site) {
-  if (w.clock.now >= kMaxWarpTime) fail(site, "more than %u __syncwarp in one block: the executor counts no further", kMaxWarpTime / 2);
+  check_time(w, site);
   if (mask == w.alive)
     w.clock.sync_all();
   else
@@ -66,7 +72,8 @@ void release_syncwarp(Warp& w, uint32_t mask, Site site) {
 
 // A collective of some lanes: the one in flight with this mask, or a free one.
 Collective& partial(Warp& w, uint32_t mask, uint32_t lane, Op op, Site site) {
-  if (!(mask >> lane & 1)) fail(site, "%s with mask %08x, which leaves out the calling lane %u", op_name(op), mask, lane);
+  if (!(mask >> lane & 1))
+    fail(site, "%s with mask %08x, which leaves out the calling lane %u", op_name(op), mask, lane);
   Collective* found = nullptr;
   for (Collective& c : w.part) {
     if (c.arrived && c.mask == mask) return c;
@@ -92,10 +99,9 @@ void fail_width(int width, Site site) { fail(site, "shuffle of width %d: a power
 
 void do_ldmatrix(Sm& m, Warp& w, int matrices, bool trans, Site site) {
   alignas(64) uint16_t in[4][8][8];  // [matrix][row][column]
-  for (int lane = 0; lane < 8 * matrices; lane++) {
+  for (int lane = 0; lane < 8 * matrices; lane++)
     memcpy(in[lane / 8][lane % 8], shared_at(w.address[lane], 16, "ldmatrix", site), 16);
-    if (m.checks) shared_read_row(m, w.address[lane], site);
-  }
+  if (m.checks) shared_read_rows(m, w.address, 8 * matrices, site);
   for (int i = 0; i < matrices; i++) {
     if (!trans) {  // lane t holds row t/4, columns 2(t%4) and 2(t%4)+1: the matrix as it lies
       memcpy(w.r[i], in[i], sizeof in[i]);

@@ -67,7 +67,7 @@ SIMT_INLINE void syncwarp(uint32_t mask, Site site) {
 enum class Shuffle { index, bit_xor, up, down };
 void do_shfl(Warp& w, uint32_t mask, Site site);
 [[noreturn]] void fail_width(int width, Site site);
-// The lane whose value is read: CUDA's rules, where a source outside the segment of `width` lanes means the lane itself.
+// The lane whose value is read, by CUDA's rules: a source outside the segment of `width` lanes means the lane itself.
 SIMT_INLINE uint32_t shuffle_source(int lane, int arg, Shuffle how, int width) {
   const int first = lane & ~(width - 1), last = first + width - 1;
   int from = lane;
@@ -120,7 +120,8 @@ template <class T, class F> SIMT_INLINE T reduce_sync(uint32_t mask, T value, F 
   Collective& c = collective(w, mask, f.lane, Op::reduce, site);
   if (arrive(w, c, mask, f.lane, Op::reduce, site)) {
     T all = (T)(uint32_t)w.in[__builtin_ctz(mask)];
-    for (uint32_t left = mask & (mask - 1); left; left &= left - 1) all = op(all, (T)(uint32_t)w.in[__builtin_ctz(left)]);
+    for (uint32_t left = mask & (mask - 1); left; left &= left - 1)
+      all = op(all, (T)(uint32_t)w.in[__builtin_ctz(left)]);
     for (uint32_t left = mask; left; left &= left - 1) w.out[__builtin_ctz(left)] = (uint32_t)all;
     finish(w, c);
   }

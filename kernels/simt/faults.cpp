@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <string>
 
 #include "fiber.h"
 #include "global.h"
@@ -32,8 +31,8 @@ static void record(Sm& m, Site site, const char* what) {
   const Fiber& f = *m.current;
   char line[16] = "";
   if (site.line) snprintf(line, sizeof line, ":%d", site.line);
-  snprintf(m.finding, sizeof m.finding, "%s: block %u, thread %u (warp %u, lane %u), %s%s: %s [seed %u]", m.kernel->name,
-           m.block.x, f.thread, f.warp->index, f.lane, short_path(site.file), line, what, m.seed);
+  snprintf(m.finding, sizeof m.finding, "%s: block %u, thread %u (warp %u, lane %u), %s%s: %s [seed %u]",
+           m.kernel->name, m.block.x, f.thread, f.warp->index, f.lane, short_path(site.file), line, what, m.seed);
   m.failed = true;
 }
 
@@ -60,26 +59,21 @@ void fail_ended(uint32_t mask, uint32_t alive, Op op, Site site) {
 
 void fail_deadlock() {
   const Sm& m = *sm;
-  std::string list;
-  for (uint32_t i = 0; i < m.nwarps && list.size() < 1000; i++) {
+  char list[1400] = "";  // not a std::string: this stack is abandoned
+  size_t used = 0;
+  for (uint32_t i = 0; i < m.nwarps && used < sizeof list - 256; i++) {
     const Fiber* fibers = m.fibers + i * kWarp;
-    for (uint32_t left = m.warps[i].alive; left;) {  // lanes by what they wait in
+    for (uint32_t left = m.warps[i].alive; left && used < sizeof list - 256;) {  // lanes by what they wait in
       const Fiber& f = fibers[__builtin_ctz(left)];
       uint32_t lanes = 0;
       for (uint32_t l = 0; l < kWarp; l++)
         if ((left >> l & 1) && fibers[l].op == f.op && fibers[l].site == f.site) lanes |= 1u << l;
-      char text[256];
-      snprintf(text, sizeof text, "%s warp %u lanes %08x in %s at %s:%d", list.empty() ? "" : ",", i, lanes,
-               op_name(f.op), short_path(f.site.file), f.site.line);
-      list += text;
+      used += (size_t)snprintf(list + used, 256, "%s warp %u lanes %08x in %s at %.160s:%d", used ? "," : "", i, lanes,
+                               op_name(f.op), short_path(f.site.file), f.site.line);
       left &= ~lanes;
     }
   }
-  char what[1200];
-  snprintf(what, sizeof what, "%s", list.c_str());
-  list.~basic_string();  // this stack is abandoned
-  new (&list) std::string;
-  fail({m.kernel->file, 0}, "deadlock: these wait for ever:%s", what);
+  fail({m.kernel->file, 0}, "deadlock: these wait for ever:%s", list);
 }
 
 // ---- signals -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ struct Kernel {
 enum class Op : uint8_t { none, syncthreads, named_barrier, syncwarp, shfl, vote, reduce, ldmatrix, mma };
 
 constexpr uint32_t kWarp = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp;
-constexpr uint32_t kMaxWarpTime = (1 << 20) - 1;  // synchronisations of a warp: the records of shared memory hold no more
+constexpr uint32_t kMaxWarpTime = (1 << 20) - 1;  // synchronisations of a warp that the records of shared memory hold
 constexpr size_t kStack = 128 << 10, kStackGuard = 16 << 10;
 
 // Which accesses are ordered by synchronisation, among the lanes of a warp or the warps of a block. Time counts the

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "api.h"
 
@@ -27,6 +28,7 @@ static struct {
   std::atomic<uint16_t>* written;  // bit per byte
   std::atomic<uint64_t>* log;      // per 2 bytes
   std::atomic<const Buffer*> table[kGranules];
+  std::vector<Buffer*> spare;      // never freed: a stray pointer of another launch may lead to a buffer that goes
   size_t next;                     // where the search for free granules starts: addresses are not soon used again
 } memory;
 
@@ -70,10 +72,13 @@ static bool inside(const Buffer* b, const void* p, size_t bytes) {
 }
 
 void describe_global(const void* p, char* text, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(memory.mutex);
   const uint8_t* q = static_cast<const uint8_t*>(p);
   const Buffer* b = buffer_at(p);
-  if (!b) b = buffer_at(q - kGranule);  // in the guard after a buffer
-  if (!b) b = buffer_at(q + kGranule);  // in the guard before one
+  if (!b) {  // in a guard: the nearer neighbour
+    const Buffer *before = buffer_at(q - kGranule), *after = buffer_at(q + kGranule);
+    b = !after || (before && q - before->hi < after->lo - q) ? before : after;
+  }
   if (!p)
     snprintf(text, bytes, "the null pointer");
   else if (!b)
@@ -109,8 +114,9 @@ static uint64_t entry(Sm& m, uint32_t id, uint32_t bytes, bool wrote, Site site)
   describe_global(p, at, sizeof at);
   const uint32_t id = (uint32_t)(other >> 32);
   if (id != m.several_id) snprintf(by, sizeof by, "block %u", id - m.several_id - 1);
-  fail(site, "race between blocks: %s %s %s, %s by %s at %s:%u in the same launch", what, write ? "writes" : "reads", at,
-       other & kWrote ? "written" : "read", by, short_path(files[other >> 8 & 255]), (uint32_t)(other >> 16) & 0xffff);
+  fail(site, "race between blocks: %s %s %s, %s by %s at %s:%u in the same launch", what,
+       write ? "writes" : "reads", at, other & kWrote ? "written" : "read", by,
+       short_path(files[other >> 8 & 255]), (uint32_t)(other >> 16) & 0xffff);
 }
 
 static bool of_this_launch(const Sm& m, uint64_t e) { return (uint32_t)(e >> 32) - m.several_id <= m.grid_dim.x; }
@@ -170,10 +176,10 @@ template <int kBytes> void global_read(const void* p, const char* what, Site sit
 template <int kBytes> void global_write(void* p, Site site) {
   Sm& m = *sm;
   const size_t at = checked_offset<kBytes>(p, "store", site);
-  if (!m.checks) return;
   const uint16_t mask = (uint16_t)(((1u << kBytes) - 1) << at % 16);
   std::atomic<uint16_t>& written = memory.written[at / 16];
   if ((written.load(std::memory_order_relaxed) & mask) != mask) written.fetch_or(mask, std::memory_order_relaxed);
+  if (!m.checks) return;
   std::atomic<uint64_t>* log = memory.log + at / 2;
   const uint32_t bytes = kBytes == 1 ? 1 + (uint32_t)(at & 1) : 3;
   for (int i = 0; i < (kBytes < 2 ? 1 : kBytes / 2); i++) {
@@ -232,7 +238,14 @@ void* pixmim_simt_alloc(size_t bytes, const char* name, int front) {
     return nullptr;
   uint8_t* lo = front ? first : first + count * kGranule - (bytes + 15) / 16 * 16;
   memset(lo, 0xff, bytes);
-  const Buffer* b = new Buffer{lo, lo + bytes, granule, count, name};
+  Buffer* b = nullptr;
+  if (memory.spare.empty()) {
+    b = new Buffer();
+  } else {
+    b = memory.spare.back();
+    memory.spare.pop_back();
+  }
+  *b = {lo, lo + bytes, granule, count, name};
   for (size_t g = granule; g < granule + count; g++) memory.table[g].store(b, std::memory_order_relaxed);
   return lo;
 }
@@ -241,11 +254,12 @@ void pixmim_simt_free(void* p) {
   const std::lock_guard<std::mutex> lock(memory.mutex);
   const Buffer* b = memory.base ? buffer_at(p) : nullptr;
   if (!b || b->lo != p) return;
-  for (size_t g = b->granule; g < b->granule + b->granules; g++) memory.table[g].store(nullptr, std::memory_order_relaxed);
+  for (size_t g = b->granule; g < b->granule + b->granules; g++)
+    memory.table[g].store(nullptr, std::memory_order_relaxed);
   release(data_of(b->granule), b->granules * kGranule);
   release(written_of(b->granule), b->granules * (kGranule / 8));
   release(log_of(b->granule), b->granules * (kGranule * 4));
-  delete b;
+  memory.spare.push_back(const_cast<Buffer*>(b));
 }
 
 void pixmim_simt_wrote(void* p, size_t bytes) {
@@ -282,6 +296,7 @@ int pixmim_simt_reads(const void* p, size_t bytes, char* text, size_t text_bytes
   }
   if (!missing) return 0;
   describe_global(memory.base + where, at, sizeof at);
-  snprintf(text, text_bytes, "unwritten output: the host reads %zu bytes that nothing wrote, the first %s", missing, at);
+  snprintf(text, text_bytes, "unwritten output: the host reads %zu bytes that nothing wrote, the first %s", missing,
+           at);
   return 1;
 }

@@ -4,9 +4,9 @@
 //   table    per 64 KiB: the buffer there;
 //   written  one bit per byte: something wrote it;
 //   log      per 2 bytes: who accessed it in the launch that runs.
-// A log entry says "read by block b", "read by several blocks" or "written by block b", and where. Blocks of a launch are
-// never ordered, so an access that fits none of these is a race, whatever the schedule: entries change by compare and
-// swap, and every pair of accesses is seen whichever comes first.
+// A log entry says "read by block b", "read by several blocks" or "written by block b", and where. Blocks of a launch
+// are never ordered, so an access that fits none of these is a race, whatever the schedule: entries change by compare
+// and swap, and every pair of accesses is seen whichever comes first.
 #pragma once
 #include <cstring>
 
@@ -30,8 +30,8 @@ template <class T> inline void store(T* p, const T& value, Site site) {
   memcpy(static_cast<void*>(p), &value, sizeof(T));
 }
 
-// Ids of the blocks of a launch in the log: `first` stands for "several blocks", block b is first + 1 + b. Zero: the ids
-// of this process are used up.
+// Ids of the blocks of a launch in the log: `first` stands for "several blocks", block b is first + 1 + b. Zero: this
+// process has used up the ids.
 uint32_t take_block_ids(uint32_t grid);
 // What lies at an address: "byte 1200 of global buffer 'x' (1200 bytes)", or that no buffer is near.
 void describe_global(const void* p, char* text, size_t bytes);

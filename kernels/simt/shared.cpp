@@ -87,7 +87,8 @@ static void check_read(Sm& m, uint32_t unit, bool warp_wide, uint32_t bytes, con
   if (pending(m, w))
     fail(site, "unwaited: %s reads %s, the target of a cp.async that thread %u has not waited for", what,
          place(m, unit * 2, at), writer(w));
-  if (block_time(w) < m.begun) fail(site, "uninitialised: %s reads %s, which nothing wrote", what, place(m, unit * 2, at));
+  if (block_time(w) < m.begun)
+    fail(site, "uninitialised: %s reads %s, which nothing wrote", what, place(m, unit * 2, at));
   if (!ordered_after_write(m, w, warp_wide) && ((uint32_t)w & bytes))
     fail(site, "race: %s reads %s, written by thread %u (warp %u) with no %s between", what, place(m, unit * 2, at),
          writer(w), writer(w) / kWarp, writer(w) / kWarp == m.current->warp->index ? "__syncwarp" : "barrier");
@@ -103,11 +104,19 @@ static void check_read(Sm& m, uint32_t unit, bool warp_wide, uint32_t bytes, con
   m.reads[unit] = (r & ~0xffffffffll) | warps;
 }
 
-template <int kBytes> SIMT_INLINE void read_units(Sm& m, uint32_t address, bool warp_wide, const char* what, Site site) {
+// Times as records hold them, and the reading warp's bit.
+struct Reader {
+  int64_t begun, all, now, bit;
+  explicit Reader(const Sm& m)
+      : begun((int64_t)m.begun << 32), all((int64_t)m.clock.all << 32), now((int64_t)m.clock.now << 32),
+        bit(1ll << m.current->warp->index) {}
+};
+template <int kBytes>
+SIMT_INLINE void read_units(Sm& m, uint32_t address, Reader reader, bool warp_wide, const char* what, Site site) {
   constexpr int kN = kBytes < 2 ? 1 : kBytes / 2;
+  const auto [begun, all, now, bit] = reader;
   const uint32_t unit = address / 2;
-  const int64_t begun = (int64_t)m.begun << 32, all = (int64_t)m.clock.all << 32, now = (int64_t)m.clock.now << 32;
-  const int64_t *w = m.writes + unit, bit = 1ll << m.current->warp->index;
+  const int64_t* w = m.writes + unit;
   int64_t* r = m.reads + unit;
   int64_t slow = 0;
   for (int i = 0; i < kN; i++) slow |= (w[i] < begun) | (w[i] >= all) | ((r[i] >= all) & (r[i] < now));
@@ -122,7 +131,7 @@ template <int kBytes> void shared_read(uint32_t address, Site site) {
   constexpr int kN = kBytes < 2 ? 1 : kBytes / 2;
   Sm& m = *sm;
   const Fiber& f = *m.current;
-  read_units<kBytes>(m, address, false, "ld.shared", site);
+  read_units<kBytes>(m, address, Reader(m), false, "ld.shared", site);
   // Another lane of this warp that read since the last __syncwarp: from now on, several lanes did.
   const uint32_t mine = lane_record(f), since = f.warp->index << 26 | f.warp->clock.all << 6;
   uint32_t* lanes = m.lane_reads + address / 2;
@@ -132,10 +141,13 @@ template <int kBytes> void shared_read(uint32_t address, Site site) {
     lanes[i] = mine | (young & ((old & 63) != (mine & 63)) ? kSeveralLanes : 0);
   }
 }
-void shared_read_row(Sm& m, uint32_t address, Site site) {
-  read_units<16>(m, address, true, "ldmatrix", site);
+void shared_read_rows(Sm& m, const uint32_t* addresses, int rows, Site site) {
+  const Reader reader(m);
   const uint32_t mine = lane_record(*m.current) | kSeveralLanes;
-  for (int i = 0; i < 8; i++) m.lane_reads[address / 2 + (uint32_t)i] = mine;
+  for (int row = 0; row < rows; row++) {
+    read_units<16>(m, addresses[row], reader, true, "ldmatrix", site);
+    for (uint32_t i = 0; i < 8; i++) m.lane_reads[addresses[row] / 2 + i] = mine;
+  }
 }
 
 // The cold half of a write: some record is of this barrier interval.
@@ -173,7 +185,7 @@ template <int kBytes> SIMT_INLINE void write_units(uint32_t address, bool pendin
   const uint32_t unit = address / 2, bytes = kBytes == 1 ? 1 + (address & 1) : 3;
   const int64_t all = (int64_t)m.clock.all << 32, mine = write_record(m, bytes) | (pending ? kPending : 0);
   int64_t *w = m.writes + unit, *r = m.reads + unit, slow = 0;
-  for (int i = 0; i < kN; i++) slow |= (w[i] >= all) | (r[i] >= all);
+  for (int i = 0; i < kN; i++) slow |= ((w[i] >= all) & (w[i] != mine)) | (r[i] >= all);
   if (__builtin_expect(slow != 0, 0))
     for (int i = 0; i < kN; i++) check_write(m, unit + (uint32_t)i, bytes, what, site);
   for (int i = 0; i < kN; i++) w[i] = mine;
@@ -212,13 +224,16 @@ void cp_async_wait(uint32_t keep) {
   Sm& m = *sm;
   Fiber& f = *m.current;
   const int64_t landed = write_record(m, 3);
-  const auto stays = [&](const Copy& copy) {
-    if (copy.group + keep >= f.groups) return true;
+  size_t left = 0;
+  for (const Copy& copy : f.copies) {
+    if (copy.group + keep >= f.groups) {
+      f.copies[left++] = copy;
+      continue;
+    }
     memcpy(m.window + copy.dst, copy.data, sizeof copy.data);
     if (m.checks) std::fill_n(m.writes + copy.dst / 2, 8, landed);
-    return false;
-  };
-  f.copies.erase(std::stable_partition(f.copies.begin(), f.copies.end(), stays), f.copies.end());
+  }
+  f.copies.resize(left);
 }
 
 }  // namespace simt

@@ -1,6 +1,6 @@
-// shared.h - shared memory: a window of 32-bit addresses, reached through these functions alone, so that every access is
-// checked. Dynamic memory starts at kDynamic; each static piece lies far enough from the others for an overrun to miss
-// them all.
+// shared.h - shared memory: a window of 32-bit addresses, reached through these functions alone, so that every access
+// is checked. Dynamic memory starts at kDynamic; each static piece lies far enough from the others for an overrun to
+// miss them all.
 //
 // Two bytes are the unit of the checks: threads may share a 4-byte word. Per unit there are
 //   writes      the last write: time of the block's clock, time of the warp's clock, thread; bit 62 marks a cp.async
@@ -34,8 +34,8 @@ SIMT_INLINE uint8_t* shared_at(uint32_t address, uint32_t bytes, const char* wha
 // Checks and notes an access of 1, 2, 4, 8 or 16 bytes by the current thread.
 template <int kBytes> void shared_read(uint32_t address, Site site);
 template <int kBytes> void shared_write(uint32_t address, Site site);
-// ldmatrix: all lanes of the warp read 16 bytes.
-void shared_read_row(Sm& m, uint32_t address, Site site);
+// ldmatrix: all lanes of the warp read rows of 16 bytes.
+void shared_read_rows(Sm& m, const uint32_t* addresses, int rows, Site site);
 
 inline uint32_t dynamic_shared() { return kDynamic; }
 uint32_t static_shared(const void* key, const char* name, uint32_t bytes);

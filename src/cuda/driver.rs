@@ -152,6 +152,15 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// [`Gpu`](crate::Error::Gpu).
     fn matmul(&self, matmul: &Matmul) -> Result<()>;
 
+    /// How products seen so far are computed, for [`load_plans`](Self::load_plans) of a later run; may be empty.
+    fn plans(&self) -> Vec<u8>;
+
+    /// Computes products as an earlier run did, so that the same bits come out. Returns how many plans there are.
+    ///
+    /// # Errors
+    /// Why they cannot be used here; products are then planned anew.
+    fn load_plans(&self, plans: &[u8]) -> Result<usize, String>;
+
     /// Waits for all work enqueued so far.
     ///
     /// # Errors

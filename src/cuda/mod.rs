@@ -52,6 +52,49 @@ impl Gpu {
         Ok(Self::new(Arc::new(nvidia::Nvidia::new(ordinal)?)))
     }
 
+    /// No GPU: this build leaves CUDA out.
+    ///
+    /// # Errors
+    /// Always [`Error::NoDevice`].
+    #[cfg(not(feature = "cuda"))]
+    pub fn nvidia(_ordinal: usize) -> Result<Self> {
+        let why = "this build leaves CUDA out; build with feature `cuda`, or use --device cpu";
+        Err(Error::NoDevice { asked: "cuda".into(), why: why.into() })
+    }
+
+    /// The NVIDIA GPU of this ordinal, with a stream of somebody else: PyTorch's, say.
+    ///
+    /// # Errors
+    /// As [`nvidia`](Self::nvidia), and [`Error::Invalid`] for a stream of another context than the primary one.
+    ///
+    /// # Safety
+    /// `stream` must be a `CUstream` or `cudaStream_t`, or null for the legacy default stream, and outlive the GPU, its
+    /// tensors and all that was recorded on it.
+    #[cfg(feature = "cuda")]
+    #[expect(unsafe_code, reason = "trusts a pointer")]
+    pub unsafe fn nvidia_with_stream(
+        ordinal: usize,
+        stream: *mut std::ffi::c_void,
+    ) -> Result<Self> {
+        // SAFETY: what is asked of the stream is asked of the caller.
+        let driver = unsafe { nvidia::Nvidia::with_stream(ordinal, stream) }?;
+        Ok(Self::new(Arc::new(driver)))
+    }
+
+    /// How matrix products seen so far are computed, as bytes for [`load_matmul_plans`](Self::load_matmul_plans).
+    #[must_use]
+    pub fn matmul_plans(&self) -> Vec<u8> {
+        self.driver.plans()
+    }
+
+    /// Computes matrix products as an earlier run did, so that the same bits come out. Returns how many plans there are.
+    ///
+    /// # Errors
+    /// Why they cannot be used, in words: they are of another GPU or version. Products are then planned anew.
+    pub fn load_matmul_plans(&self, plans: &[u8]) -> Result<usize, String> {
+        self.driver.load_plans(plans)
+    }
+
     fn new(driver: Arc<dyn Driver>) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         Self { driver, id: NEXT.fetch_add(1, Ordering::Relaxed) }
@@ -108,11 +151,6 @@ impl Gpu {
 
     pub(crate) fn place(&self) -> Place {
         Place::Gpu(self.id)
-    }
-
-    /// Until every op has a kernel.
-    pub(crate) fn missing(&self) -> Error {
-        Error::Gpu { action: "run this op", why: "its kernel is being written".into() }
     }
 
     pub(crate) fn driver(&self) -> &dyn Driver {

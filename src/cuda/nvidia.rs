@@ -1,6 +1,7 @@
 //! An NVIDIA GPU: the CUDA driver through cudarc's raw functions, matrix products through cublasLt.
 //!
-//! All work goes to one stream of the GPU's primary context. There is no event tracking and no memory pool; the only
+//! All work goes to one stream of the GPU's primary context, which each call makes current on its thread, as calls of the
+//! CUDA runtime do. There is no event tracking and no memory pool; the only
 //! calls that wait are those that must: [`free`](Driver::free), [`download`](Driver::download) and
 //! [`synchronize`](Driver::synchronize).
 
@@ -22,7 +23,7 @@ use self::kernels::{Kernels, Suspects};
 use crate::cuda::cublaslt::Plans;
 use crate::cuda::driver::{DevPtr, Driver, Graph, Launch, Matmul, Properties};
 use crate::cuda::kernels::FATBINS;
-use crate::cuda::probe;
+use crate::cuda::probe::{self, Found};
 use crate::{Error, Result};
 
 /// What a matrix product is called in messages.
@@ -78,14 +79,25 @@ impl Nvidia {
     }
 
     fn open(ordinal: usize, stream: impl FnOnce() -> Result<Stream>) -> Result<Self> {
-        let refuse = |why| Error::NoDevice { asked: format!("cuda:{ordinal}"), why };
-        let found = probe::probe().map_err(|reason| refuse(reason.to_string()))?;
+        let found = probe::probe().map_err(|reason| Error::NoDevice {
+            asked: format!("cuda:{ordinal}"),
+            why: reason.to_string(),
+        })?;
+        Self::start(found, ordinal, FATBINS, stream)
+    }
+
+    fn start(
+        found: &Found,
+        ordinal: usize,
+        fatbins: &[(&str, &'static [u8])],
+        stream: impl FnOnce() -> Result<Stream>,
+    ) -> Result<Self> {
+        let refuse = |why| Err(Error::NoDevice { asked: format!("cuda:{ordinal}"), why });
         let Some(gpu) = found.gpus.get(ordinal) else {
-            let last = found.gpus.len().saturating_sub(1);
-            return Err(refuse(format!("the driver shows GPUs 0 to {last}")));
+            return refuse(format!("the driver shows {} GPUs, counted from 0", found.gpus.len()));
         };
         if !gpu.is_new_enough() {
-            return Err(refuse(gpu.too_old().to_string()));
+            return refuse(gpu.too_old().to_string());
         }
         let context = Context::retain(ordinal)?;
         let stream = stream()?;
@@ -93,7 +105,7 @@ impl Nvidia {
             let why = format!("is not of the primary context of GPU {ordinal}; make it there");
             return Err(Error::invalid("stream", why));
         }
-        let kernels = Kernels::load(FATBINS, &gpu.name)?;
+        let kernels = Kernels::load(fatbins, &gpu.name)?;
         let plans = Plans::new(gpu, found)?;
         let uploads = Uploads::new()?;
         let properties = Properties {
@@ -112,19 +124,6 @@ impl Nvidia {
             stream,
             context,
         })))
-    }
-
-    /// The algorithms chosen for matrix products so far, for [`load_plans`](Self::load_plans) of a later run.
-    pub(crate) fn plans(&self) -> Vec<u8> {
-        self.0.plans().export()
-    }
-
-    /// Takes over the algorithms of an earlier run, so that the same bits come out. Returns how many.
-    ///
-    /// # Errors
-    /// Why they cannot be used here, in words; products are then planned anew.
-    pub(crate) fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
-        self.0.plans().import(plans)
     }
 }
 
@@ -241,10 +240,21 @@ impl Driver for Nvidia {
     }
 
     fn matmul(&self, matmul: &Matmul) -> Result<()> {
+        if matmul.m == 0 || matmul.n == 0 || matmul.batch == 0 {
+            return Ok(());
+        }
         self.0.context.bind()?;
         self.0.plans().run(matmul, &self.0.stream)?;
         self.0.suspects.push(PRODUCT);
         Ok(())
+    }
+
+    fn plans(&self) -> Vec<u8> {
+        self.0.plans().export()
+    }
+
+    fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
+        self.0.plans().import(plans)
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -271,3 +281,6 @@ impl Driver for Nvidia {
         Ok(Box::new(replay?))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -87,12 +87,9 @@ pub enum NoGpu {
         /// The one needed.
         need: (u32, u32),
     },
-    /// The build has no kernels, or none for this GPU.
-    #[error("{why}")]
-    NoKernels {
-        /// Which of the two, and the cure.
-        why: String,
-    },
+    /// The library was built without nvcc. (A kernel without an image for a GPU is reported when that GPU is opened.)
+    #[error("this build of pixmim has no CUDA kernels; run scripts/get-nvcc and build again")]
+    NoKernels,
     /// cublasLt cannot be used.
     #[error("{why}; install it with `pip install \"nvidia-cublas==13.*\"`")]
     NoCublasLt {
@@ -193,18 +190,22 @@ fn look() -> Result<Found, NoGpu> {
     if std::env::var_os("PIXMIM_DEVICE").is_some_and(|device| device == "cpu") {
         return Err(NoGpu::DisabledByEnv);
     }
+    let found = find()?;
+    if crate::cuda::kernels::FATBINS.is_empty() {
+        return Err(NoGpu::NoKernels);
+    }
+    Ok(found)
+}
+
+/// What there is, kernels apart.
+pub(super) fn find() -> Result<Found, NoGpu> {
     let driver = start_driver()?;
     let gpus = gpus()?;
     let newest = gpus.iter().max_by_key(|gpu| gpu.capability).ok_or(NoGpu::NoDevices)?;
     if !newest.is_new_enough() {
         return Err(newest.too_old());
     }
-    let cublaslt = cublaslt::open()?;
-    if crate::cuda::kernels::FATBINS.is_empty() {
-        let why = "this build of pixmim has no CUDA kernels; run scripts/get-nvcc and build again";
-        return Err(NoGpu::NoKernels { why: why.into() });
-    }
-    Ok(Found { driver, gpus, cublaslt })
+    Ok(Found { driver, gpus, cublaslt: cublaslt::open()? })
 }
 
 /// Loads libcuda, starts it, and makes sure that it has all that will be called. Returns its CUDA version.
@@ -238,9 +239,10 @@ fn has_symbols(
     cure: &'static str,
     mut symbols: impl Iterator<Item = &'static str>,
 ) -> Result<(), NoGpu> {
-    // SAFETY: the symbol is looked up and never called through this type.
     let lacks = |symbol: &&str| {
-        unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
+        // SAFETY: the symbol is looked up and never called through this type.
+        let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) };
+        found.is_err()
     };
     match symbols.find(lacks) {
         Some(symbol) => Err(NoGpu::MissingSymbol { library: name, symbol, cure }),

@@ -13,7 +13,6 @@ use crate::{DType, Error, Products, Result};
 
 /// How the host executor runs kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
 pub struct SimtOptions {
     /// 0: blocks, warps and lanes take turns in a fixed order; else in a random one that this seed decides. A kernel
     /// without races gives the same bits under every seed.
@@ -22,11 +21,22 @@ pub struct SimtOptions {
     pub threads: u32,
     /// 1: every access to shared and global memory is checked for races and for reads of what nothing wrote; 0: not.
     pub checks: u32,
+    /// Memory that it claims to have free, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// `PixmimSimtOptions` of kernels/simt/api.h.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct LaunchOptions {
+    seed: u32,
+    threads: u32,
+    checks: u32,
 }
 
 impl Default for SimtOptions {
     fn default() -> Self {
-        Self { seed: 0, threads: 0, checks: 1 }
+        Self { seed: 0, threads: 0, checks: 1, memory_bytes: u64::MAX }
     }
 }
 
@@ -42,7 +52,7 @@ mod api {
             grid: u32,
             block: u32,
             shared_bytes: u32,
-            options: *const SimtOptions,
+            options: *const LaunchOptions,
             text: *mut c_char,
             text_bytes: usize,
         ) -> c_int;
@@ -65,7 +75,7 @@ mod api {
 /// The host executor.
 #[derive(Debug)]
 pub(super) struct Simt {
-    options: SimtOptions,
+    options: LaunchOptions,
     properties: Properties,
     /// What is recorded while capturing.
     recording: Mutex<Option<Vec<Command>>>,
@@ -106,8 +116,10 @@ impl Simt {
             multiprocessors: 4,
             // That of an H200.
             shared_bytes: 232_448,
-            memory_bytes: u64::MAX,
+            memory_bytes: options.memory_bytes,
         };
+        let SimtOptions { seed, threads, checks, .. } = options;
+        let options = LaunchOptions { seed, threads, checks };
         Ok(Self { options, properties, recording: Mutex::new(None) })
     }
 
@@ -128,7 +140,7 @@ impl Simt {
 }
 
 #[expect(unsafe_code, reason = "device addresses are addresses of this process")]
-fn run(command: &Command, options: SimtOptions) -> Result<()> {
+fn run(command: &Command, options: LaunchOptions) -> Result<()> {
     match command {
         Command::Launch { kernel, grid, block, shared_bytes, params } => {
             let name = CString::new(*kernel).expect("a kernel's name has no zero byte");
@@ -247,6 +259,14 @@ impl Driver for Simt {
         &self.properties
     }
 
+    fn plans(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
+        if plans.is_empty() { Ok(0) } else { Err("the host executor has no plans".into()) }
+    }
+
     fn available_bytes(&self) -> Result<u64> {
         Ok(self.properties.memory_bytes)
     }
@@ -321,7 +341,7 @@ impl Driver for Simt {
 #[derive(Debug)]
 struct Recording {
     commands: Vec<Command>,
-    options: SimtOptions,
+    options: LaunchOptions,
 }
 
 impl Graph for Recording {

@@ -1,7 +1,9 @@
 //! What a forward pass keeps for the backward pass, and the gradients that pass between blocks.
 
 use super::MaeConfig;
-use crate::ops::{attention, layer_norm, linear, masked_mse_loss, patch_embed, random_masking};
+use crate::ops::{
+    add_positions, attention, layer_norm, linear, masked_mse_loss, patch_embed, random_masking,
+};
 use crate::{Arena, DType, Device, Tensor};
 
 /// How many images, and how much of each is kept and predicted.
@@ -294,13 +296,15 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, config: &MaeConfig, batch: Ba
     let widest = config.dim.max(config.decoder_dim);
     let patches = config.patches();
     let heads = config.heads.max(config.decoder_heads);
+    let rows = images * (1 + patches) + patches;
     let needs = [
         random_masking::workspace_bytes(dev, images, patches),
         patch_embed::workspace_bytes(dev, dtype, images, kept, config.dim),
-        layer_norm::workspace_bytes(dev, dtype, images, widest),
+        layer_norm::workspace_bytes(dev, dtype, rows, widest),
         attention::workspace_bytes(dev, dtype, images, 1 + patches, heads),
+        add_positions::workspace_bytes(dev, patches, config.decoder_dim),
         masked_mse_loss::workspace_bytes(dev, dtype, images * predicted),
-        linear::workspace_bytes(dev, images * (1 + patches) + patches, config.mlp_ratio * widest),
+        linear::workspace_bytes(dev, rows, config.mlp_ratio * widest),
         linear::workspace_bytes(dev, images * predicted, config.patch_numbers()),
     ];
     needs.into_iter().max().unwrap_or(0)

@@ -229,6 +229,7 @@ impl block::Backward<'_> {
             add_positions::Backward {
                 grad_mask_token: grad_mask_token.reshaped(&[dim])?,
                 grad_fill,
+                workspace: self.workspace.view_mut(),
             },
         )
     }

@@ -72,6 +72,22 @@ impl Mae {
         }
     }
 
+    /// Replaces the fixed positions, `(1 + L, D)` and `(1 + L, Dd)`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gpu`].
+    ///
+    /// # Panics
+    /// If they have other sizes.
+    pub fn set_positions(&mut self, dev: &Device, positions: &[Vec<f32>; 2]) -> Result<()> {
+        let tables = [&mut self.pos_embed, &mut self.decoder_pos_embed];
+        for (table, positions) in tables.into_iter().zip(positions) {
+            assert_eq!(table.view().elems(), positions.len(), "the caller knows the sizes");
+            params::write(dev, table.view_mut(), |i| f64::from(positions[i]))?;
+        }
+        Ok(())
+    }
+
     /// The weights that the network computes with.
     fn computed(&self) -> &TensorList {
         self.rounded.as_ref().unwrap_or(&self.weights)
@@ -184,7 +200,6 @@ impl Mae {
         workspace: &mut Tensor,
     ) -> Result<()> {
         let (table, weights) = (&self.table, self.computed());
-        let w = |index: usize| weights.view(index);
         let mut pass = block::Backward { dev, weights, grads, workspace };
         pass.decoder(table, acts, scratch)?;
         let Scratch { rows, encoder, .. } = scratch;

@@ -4,8 +4,9 @@
 //! `inp[b][1 + k] + pos_embed[1 + ids_keep[b][k]]`. The last L rows, `mask_token + pos_embed[1 + l]`, are the same for all
 //! images: [`super::restore_tokens`] fills the masked places with them.
 
-use super::{expect_ids, expect_nonzero, expect_vectors, for_real};
+use super::{expect_ids, expect_nonzero, expect_vectors, for_real, linear};
 use crate::device::Call;
+use crate::tensor::expect_workspace;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
 /// Arguments of [`forward`].
@@ -30,6 +31,17 @@ pub struct Backward<'a> {
     pub grad_mask_token: TensorMut<'a>,
     /// `(L, D)`: gradient of the last L rows.
     pub grad_fill: TensorRef<'a>,
+    /// At least [`workspace_bytes`].
+    pub workspace: TensorMut<'a>,
+}
+
+/// Bytes of workspace that [`backward`] needs for `patches` (L) of width `dim` (D).
+#[must_use]
+pub fn workspace_bytes(dev: &Device, patches: usize, dim: usize) -> usize {
+    match dev {
+        Device::Cpu(_) => 0,
+        Device::Cuda(_) => linear::launch::workspace_bytes(patches, dim),
+    }
 }
 
 /// Adds positions.
@@ -46,15 +58,20 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Gradient of [`forward`]'s mask token: the sum of the rows of `grad_fill`, first to last.
+/// Gradient of [`forward`]'s mask token: the sum of the rows of `grad_fill`.
 ///
 /// # Errors
-/// As [`forward`]; there are no ids.
+/// As [`forward`], and there are no ids; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dtype = args.check(dev)?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::backward::<T>(args)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => linear::launch::add_column_sums(
+            gpu,
+            args.grad_mask_token,
+            args.grad_fill,
+            args.workspace,
+        )?,
     }
     Ok(())
 }
@@ -97,6 +114,7 @@ impl Backward<'_> {
         expect_vectors(call, "grad_fill", self.grad_fill.shape())?;
         self.grad_fill.expect(call, "grad_fill", dtype, &[patches, dim])?;
         self.grad_mask_token.expect(call, "grad_mask_token", dtype.wide(), &[dim])?;
+        expect_workspace(call, &self.workspace, workspace_bytes(dev, patches, dim))?;
         Ok(dtype)
     }
 }

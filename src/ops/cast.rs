@@ -30,6 +30,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
             });
         }
     };
+    args.inp.expect(call, "inp", args.inp.dtype(), args.inp.shape())?;
     args.out.expect(call, "out", to, args.inp.shape())?;
     match dev {
         Device::Cpu(_) => cpu::forward(args),
@@ -45,7 +46,7 @@ mod launch {
     use crate::cuda::{DevPtr, Gpu};
     use crate::{DType, Result};
 
-    /// As `Cast` in kernels/cast.cu.
+    /// As `Cast` in `kernels/cast.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct Params {

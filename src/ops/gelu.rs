@@ -68,7 +68,7 @@ pub(super) mod launch {
     use crate::cuda::{DevPtr, Gpu};
     use crate::{DType, Result};
 
-    /// As `GeluForward` in kernels/gelu.cu.
+    /// As `GeluForward` in `kernels/gelu.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct Forward {
@@ -78,7 +78,7 @@ pub(super) mod launch {
     }
     const _: () = assert!(size_of::<Forward>() == 24 && offset_of!(Forward, count) == 16);
 
-    /// As `GeluBackward` in kernels/gelu.cu.
+    /// As `GeluBackward` in `kernels/gelu.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct Backward {

@@ -145,7 +145,7 @@ impl Forward<'_> {
                     let expected = format!("(B, M) with a square number M + {kept} of patches");
                     return Err(Error::Shape { op: call.op, arg, expected, found });
                 }
-                expect_ids(call, "target.ids_masked", &ids_masked, grid * grid)?;
+                expect_ids(call, "target.ids_masked", ids_masked, grid * grid)?;
                 grid
             }
             Target::Filtered { pixels } => {

@@ -49,8 +49,8 @@ pub struct Backward<'a> {
     pub workspace: TensorMut<'a>,
 }
 
-/// Bytes of workspace that [`backward`] needs for `rows` (R) of width `dim` (D). More rows may need more; a greater width may
-/// need less.
+/// Bytes of workspace that [`backward`] needs for `rows` (R) of width `dim` (D). Fewer rows or narrower ones never need
+/// more.
 #[must_use]
 pub fn workspace_bytes(dev: &Device, dtype: DType, rows: usize, dim: usize) -> usize {
     match dev {
@@ -96,7 +96,6 @@ struct Dims {
 fn dims(call: Call<'_>, inp: &TensorRef<'_>) -> Result<Dims> {
     let dtype = inp.expect_real(call, "inp")?;
     let shape = inp.shape();
-    inp.expect(call, "inp", dtype, shape)?;
     expect_nonzero(call, "inp", shape)?;
     expect_vectors(call, "inp", shape)?;
     let dim = shape.last().copied().unwrap_or(1);
@@ -159,7 +158,7 @@ mod launch {
     use crate::tensor::carve_bytes;
     use crate::{DType, Result};
 
-    /// As `LayerNormForward` in kernels/layer_norm.cu.
+    /// As `LayerNormForward` in `kernels/layer_norm.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct ForwardParams {
@@ -175,7 +174,7 @@ mod launch {
     }
     const _: () = assert!(size_of::<ForwardParams>() == 64 && offset_of!(ForwardParams, eps) == 60);
 
-    /// As `LayerNormBackward` in kernels/layer_norm.cu.
+    /// As `LayerNormBackward` in `kernels/layer_norm.cu`.
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct BackwardParams {
@@ -223,9 +222,13 @@ mod launch {
     pub(super) const MAX_DIM: usize = 8192;
 
     impl Kernels {
+        fn table(dtype: DType) -> &'static [Self] {
+            if dtype == DType::Bf16 { &BF16 } else { &F32 }
+        }
+
         fn of(dtype: DType, dim: usize) -> &'static Self {
-            let table = if dtype == DType::Bf16 { &BF16 } else { &F32 };
-            table.iter().find(|kernels| dim <= kernels.width).expect("`check` has judged the width")
+            let fitting = Self::table(dtype).iter().find(|kernels| dim <= kernels.width);
+            fitting.expect("`check` has judged the width")
         }
 
         /// Threads of a block of `least` or of as many as a row needs, and rows that it holds.
@@ -240,7 +243,8 @@ mod launch {
             rows.div_ceil(self.block(BACKWARD_THREADS).1).min(132 * self.blocks)
         }
 
-        /// Three rows for each one that a block works on, once or twice, and the weight: `Queue` in kernels/layer_norm.cu.
+        /// Three rows for each one that a block works on, once or twice, and the weight: `Queue` in
+        /// `kernels/layer_norm.cu`.
         fn shared_bytes(&self, dtype: DType) -> usize {
             let row = self.width * dtype.size_bytes() * self.block(BACKWARD_THREADS).1;
             let stages = if 2 * 3 * row <= 160 << 10 { 2 } else { 1 };
@@ -252,10 +256,11 @@ mod launch {
     const BACKWARD_THREADS: usize = 128;
 
     pub(super) fn workspace_bytes(dtype: DType, rows: usize, dim: usize) -> usize {
-        if dim > MAX_DIM {
-            return 0;
-        }
-        carve_bytes(DType::F32, Kernels::of(dtype, dim).backward_blocks(rows) * 2 * dim)
+        let partials =
+            |kernels: &Kernels| kernels.backward_blocks(rows) * 2 * dim.min(kernels.width);
+        let narrower = Kernels::table(dtype).iter().take_while(|kernels| kernels.width < dim);
+        let fitting = Kernels::table(dtype).iter().find(|kernels| dim <= kernels.width);
+        carve_bytes(DType::F32, narrower.chain(fitting).map(partials).max().unwrap_or(0))
     }
 
     pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {

@@ -2,7 +2,7 @@
 //!
 //! `out = inp weight^T + bias`, then `gelu(..)` or `residual + ..`.
 
-use super::{expect_nonzero, expect_vectors, for_real};
+use super::{expect_multiple, expect_nonzero, for_real};
 use crate::device::Call;
 use crate::tensor::expect_workspace;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
@@ -138,8 +138,8 @@ fn dims(call: Call<'_>, inp: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<D
     expect_nonzero(call, "inp", inp.shape())?;
     let dims = Dims { rows: inp.elems() / inputs, inputs, outputs, dtype };
     expect_rows!(inp, call, "inp", dims, inputs);
-    expect_vectors(call, "inp", inp.shape())?;
-    expect_vectors(call, "weight.T", &[inputs, outputs])?;
+    expect_multiple(call, "weight", &[outputs, inputs], 4)?;
+    expect_multiple(call, "weight.T", &[inputs, outputs], 4)?;
     Ok(dims)
 }
 

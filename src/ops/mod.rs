@@ -10,7 +10,7 @@
 //! | [`input`] | bytes to normalised patches and pixels | |
 //! | [`low_freq_target`] | pixels to low-pass filtered target patches | |
 //! | [`patch_embed`] | kept patches to encoder tokens | weight, bias, class token |
-//! | [`layer_norm`] | rows, or chosen tokens, to normalised rows | input, weight, bias |
+//! | [`layer_norm`] | rows to normalised rows | input, weight, bias |
 //! | [`linear`] | product, bias, GELU, residual | input (times GELU'), weight, bias |
 //! | [`gelu`] | stand-alone GELU | input |
 //! | [`attention`] | packed queries, keys, values to mixed values | queries, keys, values |
@@ -75,9 +75,20 @@ fn expect_nonzero(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::
 
 /// Refuses rows that a GPU could not read 16 bytes at a time in every dtype.
 fn expect_vectors(call: Call<'_>, arg: &'static str, shape: &[usize]) -> crate::Result<()> {
+    expect_multiple(call, arg, shape, 8)
+}
+
+/// Refuses rows of a number of elements that a GPU's kernels do not take.
+fn expect_multiple(
+    call: Call<'_>,
+    arg: &'static str,
+    shape: &[usize],
+    of: usize,
+) -> crate::Result<()> {
     match (call.dev, shape.last()) {
-        (crate::Device::Cuda(_), Some(width)) if !width.is_multiple_of(8) => {
-            let expected = "a last dimension that is a multiple of 8: a GPU takes no other".into();
+        (crate::Device::Cuda(_), Some(width)) if !width.is_multiple_of(of) => {
+            let expected =
+                format!("a last dimension that is a multiple of {of}: a GPU takes no other");
             Err(crate::Error::Shape { op: call.op, arg, expected, found: shape.to_vec() })
         }
         _ => Ok(()),

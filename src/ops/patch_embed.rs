@@ -3,7 +3,7 @@
 //! `out[b][0] = cls_token + pos_embed[0]`, `out[b][1 + k] = patches[b][k] weight^T + bias + pos_embed[1 + ids_keep[b][k]]`.
 //! A convolution whose stride is its kernel's side is this product, so masked patches need none (exact).
 
-use super::{expect_ids, expect_nonzero, for_real};
+use super::{expect_ids, expect_nonzero, expect_vectors, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
@@ -55,20 +55,23 @@ pub fn workspace_bytes(
     kept: usize,
     dim: usize,
 ) -> usize {
-    carve_bytes(dtype, images * kept * dim)
+    match dev {
+        Device::Cpu(_) => carve_bytes(dtype, images * kept * dim),
+        Device::Cuda(_) => launch::workspace_bytes(dtype, images, kept, dim),
+    }
 }
 
 /// Embeds the kept patches.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds;
+/// fields say, and on a GPU D is a multiple of 8; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds;
 /// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -81,7 +84,7 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
-        Device::Cuda(gpu) => return Err(gpu.missing()),
+        Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
     }
     Ok(())
 }
@@ -105,6 +108,8 @@ impl Forward<'_> {
         expect_nonzero(call, "patches", self.patches.shape())?;
         expect_nonzero(call, "weight", self.weight.shape())?;
         expect_nonzero(call, "pos_embed", self.pos_embed.shape())?;
+        expect_vectors(call, "pos_embed", self.pos_embed.shape())?;
+        self.patches.expect(call, "patches", dtype, &[images, kept, inputs])?;
         self.out.expect(call, "out", dtype, &[images, 1 + kept, dim])?;
         self.weight.expect(call, "weight", dtype, &[dim, inputs])?;
         self.bias.expect(call, "bias", dtype, &[dim])?;
@@ -126,6 +131,8 @@ impl Backward<'_> {
         let [dim, _] = self.grad_weight.dims(call, "grad_weight", "(D, E)")?;
         expect_nonzero(call, "patches", self.patches.shape())?;
         expect_nonzero(call, "grad_weight", self.grad_weight.shape())?;
+        expect_vectors(call, "grad_out", self.grad_out.shape())?;
+        self.patches.expect(call, "patches", dtype, &[images, kept, inputs])?;
         self.grad_weight.expect(call, "grad_weight", dtype.wide(), &[dim, inputs])?;
         self.grad_bias.expect(call, "grad_bias", dtype.wide(), &[dim])?;
         self.grad_cls_token.expect(call, "grad_cls_token", dtype.wide(), &[dim])?;
@@ -194,5 +201,112 @@ mod cpu {
                 *sum = *sum + g;
             }
         }
+    }
+}
+
+mod launch {
+    use super::{Backward, Dims, Forward};
+    use crate::cuda::{DevPtr, Gpu, Matmul};
+    use crate::ops::linear::launch::{add_column_sums, dense, transposed};
+    use crate::ops::{linear, rows};
+    use crate::tensor::carve_bytes;
+    use crate::{DType, Result};
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct PatchEmbedAddBias {
+        out: DevPtr,
+        product: DevPtr,
+        bias: DevPtr,
+        cls_token: DevPtr,
+        pos_embed: DevPtr,
+        ids_keep: DevPtr,
+        kept: u64,
+        dim: u32,
+        blocks: u32,
+    }
+    const _: () = assert!(size_of::<PatchEmbedAddBias>() == 64);
+
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct PatchEmbedSplitRows {
+        out: DevPtr,
+        inp: DevPtr,
+        images: u32,
+        kept: u32,
+        chunks: u32,
+        blocks: u32,
+    }
+    const _: () = assert!(size_of::<PatchEmbedSplitRows>() == 32);
+
+    /// The product of [`forward`], or the rows and the sums of [`backward`].
+    pub(super) fn workspace_bytes(dtype: DType, images: usize, kept: usize, dim: usize) -> usize {
+        let sums = |rows| linear::launch::workspace_bytes(rows, dim);
+        carve_bytes(dtype, images * (kept + 1) * dim) + sums(images * kept).max(sums(images))
+    }
+
+    pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
+        let Dims { images, kept, inputs, dim, dtype } = dims;
+        let (product, _) = args.workspace.carve_tensor(dtype, images * kept * dim);
+        gpu.driver().matmul(&Matmul {
+            m: images * kept,
+            n: dim,
+            k: inputs,
+            batch: 1,
+            a: dense(args.patches.dev_ptr(), dtype, inputs),
+            b: transposed(dense(args.weight.dev_ptr(), dtype, inputs)),
+            out: dense(product.dev_ptr(), dtype, dim),
+            bias: None,
+            add: None,
+        })?;
+        let blocks = rows::blocks(1 + kept);
+        let params = PatchEmbedAddBias {
+            out: args.out.dev_ptr(),
+            product: product.dev_ptr(),
+            bias: args.bias.dev_ptr(),
+            cls_token: args.cls_token.dev_ptr(),
+            pos_embed: args.pos_embed.dev_ptr(),
+            ids_keep: args.ids_keep.dev_ptr(),
+            kept: kept as u64,
+            dim: dim as u32,
+            blocks: blocks as u32,
+        };
+        let kernel = match dtype {
+            DType::Bf16 => "patch_embed_add_bias_bf16",
+            _ => "patch_embed_add_bias_f32",
+        };
+        gpu.launch(kernel, images * blocks, rows::THREADS, 0, &params)
+    }
+
+    pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> {
+        let Dims { images, kept, inputs, dim, dtype } = dims;
+        let patch_elems = images * kept * dim;
+        let (split, mut workspace) = args.workspace.carve_tensor(dtype, patch_elems + images * dim);
+        let blocks = rows::blocks(1 + kept);
+        let params = PatchEmbedSplitRows {
+            out: split.dev_ptr(),
+            inp: args.grad_out.dev_ptr(),
+            images: images as u32,
+            kept: kept as u32,
+            chunks: rows::chunks(dtype, dim),
+            blocks: blocks as u32,
+        };
+        let grid = images * blocks;
+        gpu.launch("patch_embed_split_rows", grid, rows::THREADS, 0, &params)?;
+        let (of_patches, of_class) = split.as_ref().split_at(patch_elems);
+        let grad_weight = args.grad_weight.dev_ptr();
+        gpu.driver().matmul(&Matmul {
+            m: dim,
+            n: inputs,
+            k: images * kept,
+            batch: 1,
+            a: transposed(dense(of_patches.dev_ptr(), dtype, dim)),
+            b: dense(args.patches.dev_ptr(), dtype, inputs),
+            out: dense(grad_weight, DType::F32, inputs),
+            bias: None,
+            add: Some(grad_weight),
+        })?;
+        add_column_sums(gpu, args.grad_bias, of_patches, workspace.reborrow())?;
+        add_column_sums(gpu, args.grad_cls_token, of_class, workspace)
     }
 }

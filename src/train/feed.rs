@@ -96,12 +96,19 @@ impl fmt::Debug for Recorded {
 }
 
 impl Recorded {
-    /// Does the work that `enqueue` enqueues.
-    pub(super) fn run(&mut self, gpu: &Gpu, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Does the work that `enqueue` enqueues; never recorded unless `record` is set.
+    pub(super) fn run(
+        &mut self,
+        gpu: &Gpu,
+        record: bool,
+        enqueue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         match self {
             Self::New => {
                 enqueue()?;
-                *self = Self::Warm;
+                if record {
+                    *self = Self::Warm;
+                }
                 Ok(())
             }
             Self::Warm => {

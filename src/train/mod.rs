@@ -8,6 +8,7 @@ mod files;
 mod font;
 pub mod metrics;
 pub mod pictures;
+mod plan;
 pub mod report;
 pub mod run;
 pub mod schedule;

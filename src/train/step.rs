@@ -1,8 +1,8 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
 use super::feed::{Feed, Inputs, Recorded};
+use super::plan::Plan;
 use crate::TensorList;
-use crate::model::activations::Batch;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
@@ -38,6 +38,8 @@ pub struct Settings {
     pub clip: f64,
     /// Seed of weights and masks.
     pub seed: u64,
+    /// On a GPU: whether a step's work is recorded once and then run again as a whole. Changes no bit.
+    pub record: bool,
 }
 
 /// The images of one micro-batch, as [`input`] reads them.
@@ -75,12 +77,15 @@ pub struct Trainer {
     pub exp_avg: TensorList,
     /// Second moments, as the weights.
     pub exp_avg_sq: TensorList,
-    grads: TensorList,
+    /// Accumulated gradients, as the weights.
+    pub grads: TensorList,
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
     /// Pixels of the whole crops, and the filter over them, if the target is filtered.
     filtered: Option<(Tensor, Filter)>,
+    pixel_dtype: DType,
+    exact: bool,
     scalars: Scalars,
     workspace: Tensor,
     /// On a GPU: its copy of the micro-batch, and the step as recorded work.
@@ -94,7 +99,7 @@ pub struct Trainer {
 
 /// Numbers that change from step to step, where the ops read them: on a GPU a step recorded once can then be run again.
 #[derive(Debug)]
-struct Scalars {
+pub(super) struct Scalars {
     /// `(1)`.
     loss: Tensor,
     /// `(1)`.
@@ -110,7 +115,7 @@ struct Scalars {
 }
 
 impl Scalars {
-    fn new(arena: &mut Arena, wide: DType) -> Self {
+    pub(super) fn new(arena: &mut Arena, wide: DType) -> Self {
         Self {
             loss: arena.tensor(wide, &[1]),
             norm: arena.tensor(wide, &[1]),
@@ -126,48 +131,31 @@ impl Trainer {
     /// Plans and allocates everything a run needs.
     ///
     /// # Errors
-    /// As [`MaeConfig::check`] and [`Filter::new`]; [`crate::Error::OutOfMemory`].
+    /// As [`MaeConfig::check`] and [`Filter::new`]; [`crate::Error::Invalid`] for a micro-batch that does not fit into a
+    /// GPU's memory, naming one that does; [`crate::Error::OutOfMemory`].
     pub fn new(dev: Device, config: MaeConfig, dtype: DType, settings: Settings) -> Result<Self> {
-        let mae = Mae::new(&dev, config, dtype, settings.seed)?;
-        let images = settings.micro_batch;
-        let masked = config.patches() - settings.kept;
-        let batch = Batch { images, kept: settings.kept, predicted: masked };
+        config.check()?;
         let filter =
             settings.radius.map(|r| Filter::new(&dev, config.image_size, r)).transpose()?;
-        let (exp_avg, moment_bytes) = mae.like_weights(&dev, "first moments")?;
+        let plan = Plan {
+            dev: &dev,
+            config: &config,
+            dtype,
+            settings: &settings,
+            filter: filter.as_ref(),
+        };
+        plan.expect_room()?;
+        let (images, memory_bytes) = (settings.micro_batch, plan.bytes(settings.micro_batch));
+        let ((acts, target, pixels), _) =
+            Arena::build(&dev, "activations", |arena| plan.activations(arena, images))?;
+        let ((scratch, scalars, workspace), _) =
+            Arena::build(&dev, "workspace", |arena| plan.workspace(arena, images))?;
+        let (pixel_dtype, exact) = (plan.pixel_dtype(), plan.filters_exactly());
+        let mae = Mae::new(&dev, config, dtype, settings.seed)?;
+        let (exp_avg, _) = mae.like_weights(&dev, "first moments")?;
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
-        // A GPU filters bytes, exactly.
-        let pixel_dtype = if matches!(dev, Device::Cpu(_)) { dtype } else { DType::U8 };
-        let ((acts, target, pixels), act_bytes) = Arena::build(&dev, "activations", |arena| {
-            let side = config.image_size;
-            let acts = Activations::new(arena, dtype, &config, batch);
-            let target = arena.tensor(dtype.wide(), &[images, masked, config.patch_numbers()]);
-            let pixels =
-                filter.as_ref().map(|_| arena.tensor(pixel_dtype, &[images, 3, side, side]));
-            (acts, target, pixels)
-        })?;
-        let mut needed =
-            mae.workspace_bytes(&dev, batch).max(grad_norm::workspace_bytes(&dev, grads.elems()));
-        if let Some(filter) = &filter {
-            let exact = dtype != DType::Bf16;
-            needed = needed.max(low_freq_target::workspace_bytes(
-                &dev,
-                pixel_dtype,
-                images,
-                filter,
-                exact,
-            ));
-        }
-        let ((scratch, scalars, workspace), scratch_bytes) =
-            Arena::build(&dev, "workspace", |arena| {
-                (
-                    Scratch::new(arena, dtype, &config, batch),
-                    Scalars::new(arena, dtype.wide()),
-                    arena.tensor(DType::U8, &[needed]),
-                )
-            })?;
-        Ok(Self {
+        let mut trainer = Self {
             dev,
             settings,
             mae,
@@ -178,15 +166,19 @@ impl Trainer {
             scratch,
             target,
             filtered: pixels.zip(filter),
+            pixel_dtype,
+            exact,
             scalars,
             workspace,
             feed: None,
             micro_work: Recorded::New,
             update_work: Recorded::New,
             micro_batches: 0,
-            // Weights, gradients and both moments are of one size.
-            memory_bytes: 4 * moment_bytes + act_bytes + scratch_bytes,
-        })
+            memory_bytes,
+        };
+        trainer.set_updates(0)?;
+        trainer.clear()?;
+        Ok(trainer)
     }
 
     /// Bytes of all arenas.
@@ -199,6 +191,12 @@ impl Trainer {
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.dev
+    }
+
+    /// What [`input`] writes for the filter: a GPU filters bytes, exactly.
+    #[must_use]
+    pub fn pixel_dtype(&self) -> DType {
+        self.pixel_dtype
     }
 
     /// Adds the gradient of one of the `micro_batches` of a step. On a GPU it is enqueued, and the batch's memory may be
@@ -222,7 +220,8 @@ impl Trainer {
         };
         feed.fill(&self.dev, batch, self.mae.config().image_size)?;
         let mut work = std::mem::take(&mut self.micro_work);
-        let done = work.run(&gpu, || self.micro_step(feed.inputs(), micro_batches));
+        let record = self.settings.record;
+        let done = work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches));
         (self.feed, self.micro_work) = (Some(feed), work);
         done
     }
@@ -279,7 +278,7 @@ impl Trainer {
                     mean: settings.mean,
                     std: settings.std,
                     patch_size,
-                    exact: self.mae.dtype() != DType::Bf16,
+                    exact: self.exact,
                     workspace: workspace.view_mut(),
                 },
             )?;
@@ -310,7 +309,7 @@ impl Trainer {
         match self.dev.clone() {
             Device::Cuda(gpu) => {
                 let mut work = std::mem::take(&mut self.update_work);
-                let done = work.run(&gpu, || self.enqueue_update());
+                let done = work.run(&gpu, self.settings.record, || self.enqueue_update());
                 self.update_work = work;
                 done?;
             }

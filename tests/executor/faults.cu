@@ -1,6 +1,6 @@
 // faults.cu - kernels for the tests of the host executor: one planted fault each, and some without any.
 //
-// Blocks have 64 or more threads; x and y are floats, y has as many as threads in the grid unless a test says otherwise.
+// x and y hold floats; y has one for each thread of the grid unless a test says otherwise.
 #include "../../kernels/common/ptx.cuh"
 
 struct FaultParams {
@@ -103,7 +103,8 @@ KERNEL(fault_cp_async_past_the_end, FaultParams, 128, 1) {
 
 KERNEL(fault_shared_read_past_the_end, FaultParams, 128, 1) {
   sts<float>(word(threadIdx.x), 1.f);
-  lds<float>(word(threadIdx.x + 1));  // one thread's word past the last
+  __syncthreads();
+  lds<float>(word(threadIdx.x + 1));
 }
 KERNEL(fault_shared_store_past_the_end, FaultParams, 128, 1) { sts<float>(word(threadIdx.x + 1), 1.f); }
 KERNEL(fault_shared_store_before_the_start, FaultParams, 128, 1) { sts<float>(word(threadIdx.x) - 4, 1.f); }
@@ -188,7 +189,7 @@ KERNEL(fault_outside_its_mask, FaultParams, 128, 1) { __syncwarp(0x0000ffffu); }
 KERNEL(fault_shuffle_from_outside, FaultParams, 128, 1) {
   if (lane() < 16) __shfl_sync(0x0000ffffu, 1, 20);
 }
-KERNEL(fault_mixed_named_barrier, FaultParams, 128, 1) { named_barrier(2, warp() == 0 ? 64 : 32 * (int)(blockDim.x / 32)); }
+KERNEL(fault_mixed_named_barrier, FaultParams, 128, 1) { named_barrier(2, warp() == 0 ? 64 : 128); }
 
 // ---- what the hardware catches -----------------------------------------------------------------------------------
 
@@ -256,7 +257,8 @@ KERNEL(sound_everything, FaultParams, 128, 1) {
   // Collectives.
   sum += warp_sum(sum) + quad_max(sum) + __shfl_xor_sync(half, sum, 5) + __shfl_up_sync(~0u, sum, 3, 8);
   if (lane() >= 16) sum += __shfl_down_sync(0xffff0000u, sum, 2, 16);
-  sum += (float)__popc(__ballot_sync(half, (int)t & 1)) + (float)__any_sync(~0u, t == 40) + (float)__all_sync(~0u, t < 96);
+  sum += (float)__popc(__ballot_sync(half, (int)t & 1));
+  sum += (float)__any_sync(~0u, t == 40) + (float)__all_sync(~0u, t < 96);
   sum += (float)__reduce_max_sync(half, (int)t) - (float)__reduce_add_sync(~0u, t);
 
   // Tensor cores on the first 512 bytes of the tile, as bf16.
@@ -283,14 +285,6 @@ KERNEL(sound_blocks_share_a_word, FaultParams, 128, 1) {
   const int64_t i = (int64_t)threadIdx.x * gridDim.x + blockIdx.x;
   store(p.y.as<bf16>(), i, from_f32<bf16>(load(p.x, threadIdx.x) + (float)blockIdx.x));
 }
-// y = x + the sum of the warp; no fault, one barrier.
-KERNEL(sound_scale, FaultParams, 128, 1) {
-  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  sts<float>(word(threadIdx.x), i < p.n ? load(p.x, i) : 0.f);
-  __syncthreads();
-  const float x = lds<float>(word(blockDim.x - 1 - threadIdx.x)), sum = warp_sum(x);
-  if (i < p.n) store(p.y, i, x + sum);
-}
 KERNEL(sound_copy, FaultParams, 128, 1) {
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < p.n) store(p.y, i, load(p.x, i));
@@ -313,7 +307,8 @@ KERNEL(layout_mma, FaultParams, 32, 1) {
   }
   for (int i = 0; i < 4; i++) store(p.y, 4 * (int64_t)threadIdx.x + i, c[i]);
 }
-// Four 8x8 matrices of 16 bits in x (128 words); y: per lane 4, 4, 2, 2 and 1 registers: x4, x4.trans, x2, x2.trans, x1.
+// Four 8x8 matrices of 16 bits in x (128 words); y: per lane the 4 + 4 + 2 + 2 + 1 registers of x4, x4.trans, x2,
+// x2.trans and x1.
 KERNEL(layout_ldmatrix, FaultParams, 32, 1) {
   for (uint32_t i = 0; i < 4; i++) sts<float>(word(4 * threadIdx.x + i), load(p.x, 4 * threadIdx.x + i));
   __syncthreads();

@@ -29,7 +29,6 @@ struct State {
     copy: Output,
     coefficients: Output,
     step: Output,
-    elems: usize,
 }
 
 /// `x` in the device's precision.
@@ -61,7 +60,6 @@ impl State {
             copy: Output::holding(dev, &vec![bf16::NAN; elems], &[elems]),
             coefficients: Output::new(dev, T::DTYPE, &[COEFFICIENTS]),
             step: Output::holding(dev, &[step], &[1]),
-            elems,
         }
     }
 

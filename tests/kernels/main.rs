@@ -7,11 +7,18 @@
 #![cfg(pixmim_simt)]
 
 mod adamw;
+mod add_positions;
 mod attention;
+mod cast;
 mod common;
 mod gather_tokens;
+mod gelu;
 mod grad_norm;
 mod input;
+mod layer_norm;
+mod linear;
+mod low_freq_target;
 mod masked_mse_loss;
+mod patch_embed;
 mod random_masking;
 mod restore_tokens;

@@ -7,7 +7,7 @@ use pixmim::{DType, Result};
 use crate::common::{
     Guarded, Real, close, cpu, normal, same_on_any_threads, scale, uniform, view, widen,
 };
-use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit};
+use crate::refusal::{Any, arg, refuses_what_does_not_fit};
 
 /// Parameters and moments.
 #[derive(Clone, Debug, PartialEq)]

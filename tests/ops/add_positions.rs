@@ -1,11 +1,11 @@
 //! Kept tokens with their positions, and the mask token at every position.
 
-use pixmim::ops::add_positions::{Backward, Forward, backward, forward};
+use pixmim::ops::add_positions::{Backward, Forward, backward, forward, workspace_bytes};
 use pixmim::{DType, Error, Result};
 
 use crate::common::{
-    Guarded, Real, close, close_as_naive, cpu, dot, for_any, gradcheck, masks, same_on_any_threads,
-    uniform, view, widen,
+    Guarded, Real, close, close_as_naive, cpu, dot, for_any, gradcheck, masks, no_workspace,
+    same_on_any_threads, uniform, view, widen,
 };
 use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit};
 
@@ -61,7 +61,9 @@ impl<T: Real> Case<T> {
         let args = Backward {
             grad_mask_token: grad_mask_token.view(),
             grad_fill: view(self.grads().1, &[patches, dim]),
+            workspace: no_workspace(),
         };
+        assert_eq!(workspace_bytes(&cpu(), patches, dim), 0);
         backward(&cpu(), args).unwrap();
         grad_mask_token.values()
     }
@@ -188,7 +190,7 @@ fn what_does_not_fit_is_refused() {
     let call = |t: &mut [Any]| -> Result<()> {
         let [grad_mask_token, grad_fill] = t else { unreachable!() };
         let (grad_mask_token, grad_fill) = (grad_mask_token.view_mut(), grad_fill.view());
-        backward(&cpu(), Backward { grad_mask_token, grad_fill })
+        backward(&cpu(), Backward { grad_mask_token, grad_fill, workspace: no_workspace() })
     };
     refuses_what_does_not_fit("add_positions::backward", &args, &call);
     let err = refusal(&args, &call, "grad_fill", Any::new(DType::F32, &[0, 7]));

@@ -56,6 +56,7 @@ pub(crate) fn settings(micro_batch: usize) -> Settings {
         decay_tokens: false,
         clip: 0.0,
         seed: 5,
+        record: true,
     }
 }
 

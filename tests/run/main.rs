@@ -7,6 +7,7 @@ mod accumulation;
 mod bad_images;
 mod divergence;
 mod folder;
+mod gpu;
 mod resume;
 mod threads;
 

@@ -31,7 +31,7 @@ pub(super) const SYMBOLS: [&str; 15] = [
 /// Algorithms asked for.
 const CANDIDATES: usize = 32;
 /// Partial sums of a split product may only be kept in f32 in the workspace and be summed there in a fixed order: bit 1 is
-/// CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE. Not in the result as they arrive, and not in bf16.
+/// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`. Not in the result as they arrive, and not in bf16.
 const REDUCTIONS: u32 = 2;
 
 /// An algorithm, as cublasLt describes it: bytes that mean the same to the same version on the same kind of GPU.

@@ -120,8 +120,8 @@ mod tests {
     fn damaged_plans_are_refused() {
         let bytes = write(HERE, &plans());
         for cut in 0..bytes.len() {
-            let whole =
-                (bytes.len() - cut) % size_of::<Entry>() == 0 && cut > MAGIC.len() + HERE.len();
+            let whole = (bytes.len() - cut).is_multiple_of(size_of::<Entry>())
+                && cut > MAGIC.len() + HERE.len();
             assert!(whole || read(&bytes[..cut], HERE, 1 << 20).is_err(), "cut at {cut}");
         }
         let mut other = bytes.clone();

@@ -21,7 +21,7 @@ const STRETCH: f32 = 0.2;
 /// Most runs in a stretch.
 const MOST_RUNS: u32 = 20;
 /// Random bytes, repeated to fill the scratch.
-const PATTERN_BYTES: usize = 4 << 20;
+const PATTERN_BYTES: usize = 1 << 20;
 
 /// Matrices to multiply while timing.
 struct Scratch {
@@ -81,10 +81,13 @@ pub(super) fn fastest(
         scratch => scratch?,
     };
     let (start, end) = (Event::timed()?, Event::timed()?);
+    let multiply = |algorithm: &Algorithm| {
+        plans.multiply(problem, product, algorithm, scratch.addresses(), stream)
+    };
     let stretch = |algorithm: &Algorithm, runs: u32| -> Result<f32> {
         start.record(stream)?;
         for _ in 0..runs {
-            plans.multiply(problem, product, algorithm, scratch.addresses(), stream)?;
+            multiply(algorithm)?;
         }
         end.record(stream)?;
         end.synchronize()?;
@@ -94,8 +97,7 @@ pub(super) fn fastest(
     // The first run loads the kernel; an algorithm that refuses is none.
     let mut trials: Vec<(u32, Vec<f32>)> = Vec::with_capacity(candidates.len());
     for algorithm in candidates {
-        let refused = stretch(algorithm, 1).is_err();
-        let trial = if refused {
+        let trial = if multiply(algorithm).is_err() {
             (0, Vec::new())
         } else {
             let once = stretch(algorithm, 1)?;

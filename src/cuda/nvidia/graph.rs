@@ -73,8 +73,8 @@ impl Drop for Replay {
     #[expect(unsafe_code, reason = "calls into libcuda")]
     fn drop(&mut self) {
         if self.gpu.context.bind().is_ok() {
-            let _ = self.gpu.stream.synchronize();
-            // SAFETY: the probe found the symbol; `end` made the graph destroyed here, and no run of it is under way.
+            // SAFETY: the probe found the symbol; `end` made the graph destroyed here; if it is running, the driver waits
+            // for its end before it frees it.
             let _ = unsafe { sys::cuGraphExecDestroy(self.handle) };
         }
     }

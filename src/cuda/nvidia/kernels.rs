@@ -55,7 +55,7 @@ unsafe impl Sync for Function {}
 
 impl Kernels {
     /// Loads every fatbin. `gpu` is named in messages.
-    pub(super) fn load(fatbins: &[(&str, &[u8])], gpu: &str) -> Result<Self> {
+    pub(super) fn load(fatbins: &[(&str, &'static [u8])], gpu: &str) -> Result<Self> {
         let mut kernels = Self { functions: HashMap::new(), modules: Vec::new() };
         for (stem, image) in fatbins {
             let module = Module::load(stem, image, gpu)?;
@@ -151,11 +151,11 @@ unsafe impl Sync for Module {}
 
 impl Module {
     #[expect(unsafe_code, reason = "calls into libcuda")]
-    fn load(stem: &str, image: &[u8], gpu: &str) -> Result<Self> {
+    fn load(stem: &str, image: &'static [u8], gpu: &str) -> Result<Self> {
         let mut handle = ptr::null_mut();
         let start = image.as_ptr().cast::<c_void>();
         // SAFETY: the probe found the symbol; a context is current; the image is a whole fatbin, as nvcc wrote it, which
-        // states its own length; writes one pointer.
+        // states its own length, and stays where it is; writes one pointer.
         let status = unsafe { sys::cuModuleLoadData(&raw mut handle, start) };
         if status == sys::CUresult::CUDA_SUCCESS {
             return Ok(Self { handle });
@@ -204,7 +204,12 @@ fn describe_function(handle: sys::CUfunction) -> Result<(String, Function)> {
     // SAFETY: the probe found the symbol; the function is of a loaded module; writes two integers.
     let status =
         unsafe { sys::cuFuncGetParamInfo(handle, 0, &raw mut offset, &raw mut params_bytes) };
-    check("ask for the size of a kernel's parameter", status)?;
+    if status == sys::CUresult::CUDA_ERROR_INVALID_VALUE {
+        // It takes no parameter at all.
+        params_bytes = 0;
+    } else {
+        check("ask for the size of a kernel's parameter", status)?;
+    }
     Ok((name, Function { handle, params_bytes, shared_bytes: AtomicU32::new(SHARED_BYTES) }))
 }
 

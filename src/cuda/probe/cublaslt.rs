@@ -1,7 +1,7 @@
 //! Finds cublasLt: on the system's search path, in the wheels of a Python environment, or in a CUDA toolkit.
 //!
 //! NVIDIA's wheels put the library where no loader looks. Opened once by its path and kept open, it is found by name from
-//! then on, so a virtual environment with `nvidia-cublas` is enough and LD_LIBRARY_PATH need not be set.
+//! then on, so a virtual environment with `nvidia-cublas` is enough and `LD_LIBRARY_PATH` need not be set.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -9,11 +9,11 @@ use crate::tensor::carve_bytes;
 use crate::{DType, Result, TensorMut, TensorRef};
 
 /// A matrix with nothing between its rows.
-fn dense(ptr: DevPtr, dtype: DType, cols: usize) -> Matrix {
+pub(in crate::ops) fn dense(ptr: DevPtr, dtype: DType, cols: usize) -> Matrix {
     Matrix { ptr, dtype, row_stride: cols, batch_stride: 0, transposed: false }
 }
 
-fn transposed(matrix: Matrix) -> Matrix {
+pub(in crate::ops) fn transposed(matrix: Matrix) -> Matrix {
     Matrix { transposed: true, ..matrix }
 }
 
@@ -82,7 +82,7 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
     }
 }
 
-/// As `LinearColumnSums` in kernels/linear.cu.
+/// As `LinearColumnSums` in `kernels/linear.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct ColumnSums {
@@ -95,7 +95,7 @@ struct ColumnSums {
 }
 const _: () = assert!(size_of::<ColumnSums>() == 40 && offset_of!(ColumnSums, stripes) == 36);
 
-/// As `LinearAddPartials` in kernels/linear.cu.
+/// As `LinearAddPartials` in `kernels/linear.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct AddPartials {
@@ -107,24 +107,27 @@ struct AddPartials {
 }
 const _: () = assert!(size_of::<AddPartials>() == 32 && offset_of!(AddPartials, columns) == 28);
 
-/// Rows of a slab, and slabs. A function of the shape alone, and so is the order of the sums: as many blocks as an H200
-/// holds at once, four on each of its 132 multiprocessors, unless that leaves a warp less than one turn of four rows.
+/// Blocks that an H200 holds at once: four on each of its 132 multiprocessors.
+const BLOCKS: usize = 132 * 4;
+/// Columns of a block in bf16.
+const STRIPE: usize = 256;
+/// Rows that a block reads before it adds: four in each of its eight warps.
+const LEAST_ROWS: usize = 32;
+
+/// Rows of a slab, and slabs. A function of the shape alone, on every GPU, and so is the order of the sums.
 fn slabs(rows: usize, columns: usize) -> (usize, usize) {
-    const BLOCKS: usize = 132 * 4;
-    /// Columns of a block, in bf16.
-    const STRIPE: usize = 256;
-    const WARPS: usize = 8;
     let most = (BLOCKS / columns.div_ceil(STRIPE)).max(1);
-    let slab_rows = rows.div_ceil(most).max(4 * WARPS).next_multiple_of(WARPS);
+    let slab_rows = rows.div_ceil(most).max(LEAST_ROWS);
     (slab_rows, rows.div_ceil(slab_rows))
 }
 
-/// Bytes of workspace that [`add_column_sums`] needs.
+/// Bytes of workspace that [`add_column_sums`] needs, or a few more: fewer rows or columns never need more.
 pub(in crate::ops) fn workspace_bytes(rows: usize, columns: usize) -> usize {
-    carve_bytes(DType::F32, slabs(rows, columns).1 * columns)
+    let most = (rows.div_ceil(LEAST_ROWS) * columns).min((BLOCKS * STRIPE).max(columns));
+    carve_bytes(DType::F32, most)
 }
 
-/// `sums (N) += ` the sum of the rows of `inp`, seen as `(R, N)`: sums in f32, `inp` f32 or bf16, N a multiple of 8.
+/// `sums (N) += ` the sum of the rows of `inp`, seen as `(R, N)`: sums in f32, `inp` f32 or bf16, N a multiple of 4.
 pub(in crate::ops) fn add_column_sums(
     gpu: &Gpu,
     sums: TensorMut<'_>,
@@ -136,7 +139,8 @@ pub(in crate::ops) fn add_column_sums(
     let (slab_rows, slabs) = slabs(rows, columns);
     let (partials, _) = workspace.carve_tensor(DType::F32, slabs * columns);
     let (kernel, stripe) = match inp.dtype() {
-        DType::Bf16 => ("linear_column_sums_bf16", 256),
+        DType::Bf16 if columns.is_multiple_of(8) => ("linear_column_sums_bf16", 256),
+        DType::Bf16 => ("linear_column_sums_bf16_by_4", 128),
         _ => ("linear_column_sums_f32", 128),
     };
     let stripes = columns.div_ceil(stripe);

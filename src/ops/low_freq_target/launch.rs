@@ -35,7 +35,7 @@ const MOST_PATCHES: usize = 4096;
 /// Images that go through the split kernels together: what lies between them fits a cache of 50 MB.
 const IMAGES_448: usize = 64;
 /// Scratch of the f32 path, unless a single image needs more.
-const EXACT_BYTES: usize = 64 << 20;
+const EXACT_BYTES: usize = 16 << 20;
 
 impl Size {
     fn of(size: usize, radius: f64) -> Option<Self> {
@@ -57,7 +57,7 @@ impl Size {
     /// Dynamic shared memory of its kernels, as their `BYTES`.
     const fn shared_bytes(self) -> &'static [usize] {
         match self {
-            Self::Of224 => &[216_128],
+            Self::Of224 => &[224_320],
             Self::Of448 => &[189_440, 218_112],
         }
     }
@@ -287,8 +287,7 @@ fn exactly(gpu: &Gpu, args: Forward<'_>) -> Result<()> {
         _ => "low_freq_target_centre_f32",
     };
     let at_once = filter.exact_images(images);
-    let (planes, rest) = workspace.carve_tensor(DType::F32, at_once * filter.exact_elems());
-    drop(rest);
+    let (planes, _) = workspace.carve_tensor(DType::F32, at_once * filter.exact_elems());
     let (planes, rest) = planes.split_at(at_once * 6 * s * s);
     let (rows, spectrum) = rest.split_at(at_once * 6 * s * n);
     let (planes, rows, spectrum) = (planes.dev_ptr(), rows.dev_ptr(), spectrum.dev_ptr());

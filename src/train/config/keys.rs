@@ -288,14 +288,14 @@ pub static KEYS: &[Key] = &[
     ),
     key(
         "runtime.device",
-        Kind::Word(&["auto", "cpu", "cuda"]),
-        "where it computes",
+        Kind::Word(&["auto", "cpu", "cuda", "simt"]),
+        "where it computes; simt runs the CUDA kernels on the CPU and checks them, for debugging",
         "auto: the fastest that works here",
     ),
     key(
         "runtime.precision",
         Kind::Word(&["auto", "f32", "bf16"]),
-        "precision of matrix products; sums, weights and statistics are always f32",
+        "cpu: precision of matrix products; cuda: of activations; sums, weights and statistics are always f32",
         "auto: bf16 where the hardware multiplies it faster",
     ),
     key("runtime.threads", auto_integer(1, 1024), "threads that compute", "auto: all cores"),

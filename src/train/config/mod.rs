@@ -206,7 +206,7 @@ pub struct Schedule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Runtime {
-    /// `auto`, `cpu` or `cuda`.
+    /// `auto`, `cpu`, `cuda` or `simt`.
     pub device: String,
     /// `auto`, `f32` or `bf16`: precision of matrix products; sums, weights and statistics are
     /// always f32.

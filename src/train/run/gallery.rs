@@ -1,5 +1,7 @@
 //! The pictures of a run: the same images, crops and masks each time.
 
+use std::borrow::Cow;
+
 use crate::data::augment::{self, Geometry};
 use crate::data::loader;
 use crate::data::source::Source;
@@ -10,7 +12,7 @@ use crate::ops::{input, random_masking};
 use crate::train::config::{Config, Resolved, Target};
 use crate::train::pictures::{self, Picture, Reconstruction, Settings};
 use crate::train::step::Trainer;
-use crate::{Arena, DType, Result, Tensor, TensorRef};
+use crate::{Arena, DType, Result, Tensor};
 
 /// What the network is shown, and its place to answer.
 pub(super) struct Gallery {
@@ -53,7 +55,7 @@ impl Gallery {
     pub(super) fn draw(&mut self, trainer: &Trainer, step: u64) -> Result<Option<Picture>> {
         let Some(Shown { acts, workspace, images }) = &mut self.shown else { return Ok(None) };
         trainer.mae.forward(trainer.device(), acts, workspace)?;
-        let pred = acts.pred.view().as_slice::<f32>();
+        let pred = trainer.device().read_f32(acts.pred.view())?;
         let numbers = pred.len() / images.len();
         for (image, pred) in images.iter_mut().zip(pred.chunks_exact(numbers)) {
             image.prediction.clear();
@@ -100,6 +102,7 @@ impl Shown {
         if images == 0 {
             return Ok(None);
         }
+        let (dtype, pixel_dtype) = (trainer.mae.dtype(), trainer.pixel_dtype());
         let (patches, kept) = (mae.patches(), config.kept_patches());
         let (patch_size, numbers) = (mae.patch_size, mae.patch_numbers());
         let batch = Batch { images, kept, predicted: patches };
@@ -111,13 +114,19 @@ impl Shown {
         let ((mut acts, mut workspace, mut masked, mut pixels, mut target), _) =
             Arena::build(dev, "pictures", |arena| {
                 (
-                    Activations::new(arena, DType::F32, mae, batch),
+                    Activations::new(arena, dtype, mae, batch),
                     arena.tensor(DType::U8, &[needed]),
                     arena.tensor(DType::I32, &[images, patches - kept]),
-                    arena.tensor(DType::F32, &[images, 3, side, side]),
-                    arena.tensor(DType::F32, &[images, patches, numbers]),
+                    arena.tensor(pixel_dtype, &[images, 3, side, side]),
+                    arena.tensor(dtype.wide(), &[images, patches, numbers]),
                 )
             })?;
+        let epoch = Tensor::holding(dev, &[i64::from(u32::MAX)], &[1])?;
+        let samples = Tensor::holding(dev, &samples, &[images])?;
+        input::check_geometry(&geometry, bytes.len(), side)?;
+        let bytes = Tensor::holding(dev, &bytes, &[bytes.len()])?;
+        let geometry: &[i64] = bytemuck::cast_slice(&geometry);
+        let geometry = Tensor::holding(dev, geometry, &[images, input::GEOMETRY_FIELDS])?;
         random_masking::forward(
             dev,
             random_masking::Forward {
@@ -126,26 +135,23 @@ impl Shown {
                 ids_restore: acts.ids_restore.view_mut(),
                 noise: random_masking::Noise::Drawn {
                     seed,
-                    epoch: TensorRef::new(&[i64::from(u32::MAX)], &[1])?,
-                    samples: TensorRef::new(&samples, &[images])?,
+                    epoch: epoch.view(),
+                    samples: samples.view(),
                 },
                 block: config.method.mask_block,
                 workspace: workspace.view_mut(),
             },
         )?;
         // Every patch is predicted, to show the seen ones too.
-        let all = acts.ids_predicted.view_mut().into_slice::<i32>();
-        all.iter_mut().enumerate().for_each(|(i, id)| *id = (i % patches) as i32);
+        let all: Vec<_> = (0..images * patches).map(|i| (i % patches) as i32).collect();
+        dev.upload(acts.ids_predicted.view_mut(), &all)?;
         input::forward(
             dev,
             input::Forward {
                 patches: acts.patches.view_mut(),
                 target: input::Target::Filtered { pixels: pixels.view_mut() },
-                images: TensorRef::new(&bytes, &[bytes.len()])?,
-                geometry: TensorRef::new(
-                    bytemuck::cast_slice::<_, i64>(&geometry),
-                    &[images, input::GEOMETRY_FIELDS],
-                )?,
+                images: bytes.view(),
+                geometry: geometry.view(),
                 ids_keep: acts.ids_keep.view(),
                 mean: config.data.mean,
                 std: config.data.std,
@@ -169,8 +175,19 @@ impl Shown {
                 },
             )?;
         }
-        let (pixels, target) = (pixels.view().as_slice::<f32>(), target.view().as_slice::<f32>());
-        let restore = acts.ids_restore.view().as_slice::<i32>();
+        let pixels = match pixel_dtype {
+            DType::U8 => {
+                let bytes = dev.read::<u8>(pixels.view())?;
+                Cow::Owned(bytes.iter().map(|&x| f32::from(x) / 255.0).collect())
+            }
+            _ => dev.read::<f32>(pixels.view())?,
+        };
+        // Without a filter nothing was written there.
+        let target = match filter {
+            Some(_) => dev.read::<f32>(target.view())?,
+            None => Cow::Owned(vec![0.0; images * patches * numbers]),
+        };
+        let restore = dev.read::<i32>(acts.ids_restore.view())?;
         let images = (0..images)
             .map(|b| {
                 let planes = &pixels[b * 3 * side * side..][..3 * side * side];

@@ -1,5 +1,6 @@
 //! The loop: data, steps, logs, pictures, checkpoints, signals.
 
+mod device;
 mod folder;
 mod gallery;
 mod pace;
@@ -20,11 +21,12 @@ use super::{StepRecord, checkpoint};
 use crate::data::loader::{Loader, LoaderConfig};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
-use crate::{Cpu, DType, Device, Error, Products, Result};
+use crate::{Error, Result};
 
 use gallery::Gallery;
 use pace::Pace;
 use records::Records;
+use resume::Snapshot;
 
 /// Where a run starts from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -141,7 +143,7 @@ pub fn run(
 ) -> Result<Summary> {
     config.check()?;
     let resolved = config.resolved();
-    let (device, why) = device(config, &resolved)?;
+    let (device, dtype, why) = device::choose(config, &resolved)?;
     let source = Arc::new(Source::open(&config.data.path, &decode::Options::from(&config.data))?);
     let steps_per_epoch = loader::steps_per_epoch(&source, config.optim.global_batch)?;
     let dir = (!options.dry_run).then(|| config.log.out.clone());
@@ -150,8 +152,8 @@ pub fn run(
         .num_threads(resolved.compute_threads)
         .build()
         .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
-    let mut trainer = pool
-        .install(|| Trainer::new(device, config.model, DType::F32, settings(config, &resolved)))?;
+    let mut trainer =
+        pool.install(|| Trainer::new(device, config.model, dtype, settings(config, &resolved)))?;
 
     let mut state = State {
         step: 0,
@@ -222,33 +224,6 @@ pub fn run(
     run.end(finished)
 }
 
-/// Which device computes, in which precision, and why.
-fn device(config: &Config, resolved: &Resolved) -> Result<(Device, String)> {
-    let asked = config.runtime.device.as_str();
-    if asked == "cuda" {
-        let why = "this version has no CUDA kernels yet; use --device cpu";
-        return Err(Error::NoDevice { asked: asked.into(), why: why.into() });
-    }
-    let fast = Products::bf16_is_fast();
-    let products = match config.runtime.precision.as_str() {
-        "bf16" => Products::Bf16,
-        "auto" if fast => Products::Bf16,
-        _ => Products::F32,
-    };
-    let precision = match (products, fast) {
-        (Products::Bf16, true) => {
-            "bf16 products with f32 sums, as this CPU multiplies bf16 natively"
-        }
-        (Products::Bf16, false) => "bf16 products as asked, slower than f32 on this CPU",
-        (Products::F32, true) => "f32 products as asked",
-        (Products::F32, false) => "f32 products",
-    };
-    let why = if asked == "auto" { ": this version has no CUDA kernels yet" } else { "" };
-    let threads = resolved.compute_threads;
-    let words = format!("cpu{why} ({threads} threads, {precision})");
-    Ok((Device::Cpu(Cpu { products }), words))
-}
-
 fn settings(config: &Config, resolved: &Resolved) -> Settings {
     Settings {
         micro_batch: config.optim.micro_batch,
@@ -264,6 +239,7 @@ fn settings(config: &Config, resolved: &Resolved) -> Settings {
         decay_tokens: config.optim.decay_tokens,
         clip: config.optim.clip_grad,
         seed: config.runtime.seed,
+        record: true,
     }
 }
 
@@ -498,7 +474,8 @@ impl Run<'_> {
             return Ok(());
         }
         records.sync()?;
-        let contents = resume::contents(&self.trainer, self.config, &self.state);
+        let snapshot = Snapshot::take(&self.trainer)?;
+        let contents = snapshot.contents(&self.trainer, self.config, &self.state);
         let path = checkpoint::save(records.dir(), &contents, self.config.log.keep_last)?;
         self.saved_step = Some(self.state.step);
         (self.tell)(Event::Checkpoint(&path));

@@ -1,0 +1,123 @@
+//! What a run takes of memory, known before any of it is taken.
+
+use super::step::{Scalars, Settings};
+use crate::model::activations::{self, Batch};
+use crate::model::params::Table;
+use crate::model::{Activations, MaeConfig, Scratch};
+use crate::ops::grad_norm;
+use crate::ops::low_freq_target::{self, Filter};
+use crate::{Arena, DType, Device, Error, Result, Tensor};
+
+/// Device, network and step of a run: all that decides about its memory, but for the micro-batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan<'a> {
+    pub(super) dev: &'a Device,
+    pub(super) config: &'a MaeConfig,
+    pub(super) dtype: DType,
+    pub(super) settings: &'a Settings,
+    pub(super) filter: Option<&'a Filter>,
+}
+
+/// Share of a GPU's free memory that a run leaves: for the batch's copy, planned products and recorded work.
+const SPARE_SHARE: u64 = 32;
+
+impl Plan<'_> {
+    fn batch(&self, images: usize) -> Batch {
+        let kept = self.settings.kept;
+        Batch { images, kept, predicted: self.config.patches() - kept }
+    }
+
+    /// What [`crate::ops::input`] writes for the filter: a GPU filters bytes, exactly.
+    pub(super) fn pixel_dtype(&self) -> DType {
+        match self.dev {
+            Device::Cpu(_) => self.dtype,
+            Device::Cuda(_) => DType::U8,
+        }
+    }
+
+    /// Activations, target, and the pixels that are filtered.
+    pub(super) fn activations(
+        &self,
+        arena: &mut Arena,
+        images: usize,
+    ) -> (Activations, Tensor, Option<Tensor>) {
+        let Self { config, dtype, .. } = *self;
+        let (batch, side) = (self.batch(images), config.image_size);
+        let acts = Activations::new(arena, dtype, config, batch);
+        let patches = [images, batch.predicted, config.patch_numbers()];
+        let target = arena.tensor(dtype.wide(), &patches);
+        let pixels =
+            self.filter.map(|_| arena.tensor(self.pixel_dtype(), &[images, 3, side, side]));
+        (acts, target, pixels)
+    }
+
+    /// Gradients between ops, counters, and the ops' workspace.
+    pub(super) fn workspace(&self, arena: &mut Arena, images: usize) -> (Scratch, Scalars, Tensor) {
+        let Self { dev, config, dtype, filter, .. } = *self;
+        let batch = self.batch(images);
+        let of_filter = filter.map(|filter| {
+            let (pixels, exact) = (self.pixel_dtype(), self.filters_exactly());
+            low_freq_target::workspace_bytes(dev, pixels, images, filter, exact)
+        });
+        let needed = [
+            activations::workspace_bytes(dev, dtype, config, batch),
+            grad_norm::workspace_bytes(
+                dev,
+                self.parameters(dtype.wide()) / dtype.wide().size_bytes(),
+            ),
+            of_filter.unwrap_or(0),
+        ];
+        (
+            Scratch::new(arena, dtype, config, batch),
+            Scalars::new(arena, dtype.wide()),
+            arena.tensor(DType::U8, &[needed.into_iter().max().unwrap_or(0)]),
+        )
+    }
+
+    /// Whether a GPU filters in f32: where activations are f32 too.
+    pub(super) fn filters_exactly(&self) -> bool {
+        self.dtype != DType::Bf16
+    }
+
+    /// Bytes of a list like the weights.
+    fn parameters(&self, dtype: DType) -> usize {
+        let shapes = Table::new(self.config).shapes();
+        Arena::count(|arena| arena.list(dtype, &shapes))
+    }
+
+    /// Bytes of all arenas with this micro-batch.
+    pub(super) fn bytes(&self, images: usize) -> usize {
+        // Weights, gradients and both moments; the rounded weights.
+        let wide = 4 * self.parameters(self.dtype.wide());
+        let rounded = if self.dtype == self.dtype.wide() { 0 } else { self.parameters(self.dtype) };
+        wide + rounded
+            + Arena::count(|arena| self.activations(arena, images))
+            + Arena::count(|arena| self.workspace(arena, images))
+    }
+
+    /// Refuses a micro-batch that does not fit into a GPU's free memory, and names one that does.
+    pub(super) fn expect_room(&self) -> Result<()> {
+        let Device::Cuda(gpu) = self.dev else { return Ok(()) };
+        let free = gpu.driver().available_bytes()?;
+        let room = free - free / SPARE_SHARE;
+        let fits = |images: usize| self.bytes(images) as u64 <= room;
+        let asked = self.settings.micro_batch;
+        if fits(asked) {
+            return Ok(());
+        }
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let cure = match std::iter::successors(Some(asked / 2), |m| Some(m / 2))
+            .take_while(|&m| m > 0)
+            .find(|&m| fits(m))
+        {
+            Some(m) => format!("{m} fits"),
+            None => "not even 1 image fits: use a smaller network".into(),
+        };
+        let why = format!(
+            "is {asked}, which needs {:.2} GiB of the {:.2} GiB that are free on the GPU; {cure}",
+            gib(self.bytes(asked) as u64),
+            gib(free)
+        );
+        Err(Error::invalid("optim.micro_batch", why))
+    }
+}

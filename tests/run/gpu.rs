@@ -1,0 +1,60 @@
+//! Runs on the host executor, which stands in for a GPU: the loop, its checkpoints and pictures are the same.
+#![cfg(pixmim_simt)]
+
+use std::fs;
+
+use pixmim::train::config::Config;
+use pixmim::train::run::{Options, Resume};
+use tempfile::tempdir;
+
+use crate::{Said, checkpoint, photos, tiny, train};
+
+#[test]
+fn a_run_on_a_gpu_can_be_stopped_and_gone_on_with_bit_for_bit() {
+    let (data, dir) = (photos(13), tempdir().unwrap());
+    let config = |name: &str| {
+        let mut config = tiny(data.path(), &dir.path().join(name));
+        config.runtime.device = "simt".into();
+        config.runtime.precision = "auto".into();
+        config.schedule.steps = Some(6);
+        config
+    };
+    let (whole, halves) = (config("whole"), config("halves"));
+    let mut said = Said::default();
+    train(&whole, &Options::default(), None, &mut said).unwrap();
+    assert_eq!(said.losses.len(), 6);
+    assert!(said.losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{:?}", said.losses);
+    assert!(said.losses[5] < said.losses[0], "{:?}", said.losses);
+
+    let first = train(&halves, &Options::default(), Some(4), &mut Said::default()).unwrap();
+    assert!(first.interrupted);
+    let on = Options { resume: Resume::Auto, ..Options::default() };
+    train(&halves, &on, None, &mut Said::default()).unwrap();
+    let tensors = |config: &Config| -> Vec<_> {
+        let files = fs::read_dir(checkpoint(&config.log.out, 6)).unwrap().map(|e| e.unwrap().path());
+        let mut files: Vec<_> =
+            files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+        files.sort();
+        files.iter().map(|path| fs::read(path).unwrap()).collect()
+    };
+    assert!(tensors(&whole).len() >= 2);
+    assert!(tensors(&whole) == tensors(&halves), "weights or moments differ");
+    assert!(whole.log.out.join("viz/step-00000004.png").is_file());
+}
+
+#[test]
+fn what_a_gpu_computes_in_bf16_follows_the_cpu() {
+    let (data, dir) = (photos(13), tempdir().unwrap());
+    let losses = |device: &str| {
+        let mut config = tiny(data.path(), &dir.path().join(device));
+        config.runtime.device = device.into();
+        config.runtime.precision = if device == "simt" { "bf16".into() } else { "f32".into() };
+        config.schedule.steps = Some(4);
+        let mut said = Said::default();
+        train(&config, &Options::default(), None, &mut said).unwrap();
+        said.losses
+    };
+    for (gpu, cpu) in losses("simt").into_iter().zip(losses("cpu")) {
+        assert!((gpu - cpu).abs() <= 5e-3, "{gpu} {cpu}");
+    }
+}

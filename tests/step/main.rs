@@ -1,0 +1,265 @@
+//! A whole training step on a GPU: as on the CPU, and the same bits however it is scheduled or enqueued.
+//!
+//! The GPU is the host executor, or a real one with `PIXMIM_TEST_DEVICE=cuda`, as in `tests/kernels`.
+
+#![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
+#![cfg(pixmim_simt)]
+
+use pixmim::cuda::SimtOptions;
+use pixmim::model::MaeConfig;
+use pixmim::ops::input::Geometry;
+use pixmim::rng::{Purpose, Stream};
+use pixmim::train::step::{MicroBatch, Outcome, Settings, Trainer};
+use pixmim::{DType, Device, Gpu};
+
+/// Small, and unlike in every size: encoder heads of 32, decoder heads of 16.
+const NET: MaeConfig = MaeConfig {
+    image_size: 32,
+    patch_size: 8,
+    dim: 64,
+    depth: 2,
+    heads: 2,
+    decoder_dim: 48,
+    decoder_depth: 2,
+    decoder_heads: 3,
+    mlp_ratio: 2,
+};
+const MICRO_BATCH: usize = 3;
+const MICRO_BATCHES: usize = 2;
+
+fn settings() -> Settings {
+    Settings {
+        micro_batch: MICRO_BATCH,
+        radius: Some(5.7),
+        norm_pix: true,
+        kept: 4,
+        mask_block: 1,
+        mean: [0.485, 0.456, 0.406],
+        std: [0.229, 0.224, 0.225],
+        betas: [0.9, 0.95],
+        eps: 1e-8,
+        weight_decay: 0.05,
+        decay_tokens: false,
+        clip: 0.0,
+        seed: 5,
+        record: true,
+    }
+}
+
+fn gpu(seed: u32) -> Device {
+    let is_real = std::env::var("PIXMIM_TEST_DEVICE").is_ok_and(|name| name == "cuda");
+    Device::Cuda(match is_real {
+        true => Gpu::nvidia(0).unwrap(),
+        false => Gpu::simt(SimtOptions { seed, ..SimtOptions::default() }).unwrap(),
+    })
+}
+
+/// Images of several sizes, smooth with some noise, and a crop of each that reaches over an edge.
+struct Images {
+    bytes: Vec<u8>,
+    geometry: Vec<i64>,
+    samples: Vec<i64>,
+}
+
+fn images(first: usize) -> Images {
+    let mut images = Images { bytes: vec![], geometry: vec![], samples: vec![] };
+    for sample in first..first + MICRO_BATCH {
+        let (height, width) = (33 + sample % 5, 36 + sample % 7);
+        let row = Geometry {
+            offset: images.bytes.len() as i64,
+            height: height as i64,
+            width: width as i64,
+            top: (sample % 4) as i64 - 2,
+            left: (sample % 3) as i64 - 1,
+            flip: (sample % 2) as i64,
+        };
+        images.geometry.extend_from_slice(bytemuck::cast_slice(&[row]));
+        images.samples.push(sample as i64);
+        let noise = Stream::new(3, 0, sample as u64, Purpose::Init);
+        for i in 0..3 * height * width {
+            let (y, x, c) = (i / 3 / width, i / 3 % width, i % 3);
+            let wave = ((y * (1 + sample) + 3 * x * (1 + c)) as f64 / 9.0).sin();
+            let value = 128.0 + 90.0 * wave + 30.0 * (noise.uniform(i as u32) - 0.5);
+            images.bytes.push(value as u8);
+        }
+    }
+    images
+}
+
+/// One step of two micro-batches.
+fn step(trainer: &mut Trainer, number: usize) -> Outcome {
+    trainer.clear().unwrap();
+    for micro in 0..MICRO_BATCHES {
+        let images = images((number * MICRO_BATCHES + micro) * MICRO_BATCH);
+        let batch = MicroBatch {
+            images: &images.bytes,
+            geometry: &images.geometry,
+            samples: &images.samples,
+            epoch: number as u32 / 4,
+        };
+        trainer.accumulate(batch, MICRO_BATCHES).unwrap();
+    }
+    trainer.update(1e-3).unwrap()
+}
+
+fn trainer(dev: Device, dtype: DType, settings: Settings) -> Trainer {
+    Trainer::new(dev, NET, dtype, settings).unwrap()
+}
+
+/// Everything that a step changes, as bits.
+fn state(trainer: &Trainer) -> Vec<u32> {
+    let lists = [&trainer.mae.weights, &trainer.exp_avg, &trainer.exp_avg_sq, &trainer.grads];
+    let read = |list: &pixmim::TensorList| trainer.device().download::<f32>(list.flat()).unwrap();
+    lists.into_iter().flat_map(read).map(f32::to_bits).collect()
+}
+
+/// Cosine of the angle between two gradients of one tensor.
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    };
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+fn follows_the_cpu(dtype: DType, settings: Settings, loss_off: f64, least_cosine: f64) {
+    network_follows_the_cpu(NET, dtype, settings, loss_off, least_cosine);
+}
+
+fn network_follows_the_cpu(
+    net: MaeConfig,
+    dtype: DType,
+    settings: Settings,
+    loss_off: f64,
+    least_cosine: f64,
+) {
+    let mut exact = Trainer::new(Device::cpu(), net, DType::F32, settings.clone()).unwrap();
+    let mut tested = Trainer::new(gpu(0), net, dtype, settings).unwrap();
+    for number in 0..10 {
+        let (want, got) = (step(&mut exact, number), step(&mut tested, number));
+        assert!(got.updated);
+        let off = (got.loss - want.loss).abs();
+        assert!(off <= loss_off, "step {number}: loss {} for {}", got.loss, want.loss);
+        // Later the weights have drifted apart, and gradients with them.
+        if number > 0 {
+            continue;
+        }
+        for (i, spec) in tested.mae.table().specs().iter().enumerate() {
+            let grad = |trainer: &Trainer| {
+                trainer.device().download::<f32>(trainer.grads.view(i)).unwrap()
+            };
+            let cosine = cosine(&grad(&tested), &grad(&exact));
+            assert!(cosine >= least_cosine, "{}: cosine {cosine}", spec.name);
+        }
+    }
+    assert_eq!(tested.updates().unwrap(), 10);
+}
+
+#[test]
+fn ten_steps_in_f32_follow_the_cpu() {
+    follows_the_cpu(DType::F32, settings(), 1e-4, 0.9999);
+}
+
+#[test]
+fn ten_steps_in_bf16_follow_the_cpu() {
+    follows_the_cpu(DType::Bf16, settings(), 5e-3, 0.999);
+}
+
+#[test]
+fn ten_steps_on_raw_pixels_in_masked_blocks_follow_the_cpu() {
+    let raw = Settings { radius: None, mask_block: 2, norm_pix: false, clip: 0.5, ..settings() };
+    follows_the_cpu(DType::Bf16, raw, 5e-3, 0.999);
+}
+
+/// Patches of 14, as ViT-H has them: their 588 numbers fill no whole vectors. One decoder block, the first and the last.
+#[test]
+fn ten_steps_on_patches_of_14_follow_the_cpu() {
+    let net = MaeConfig { image_size: 28, patch_size: 14, decoder_depth: 1, ..NET };
+    let settings = Settings { kept: 1, radius: Some(5.0), ..settings() };
+    network_follows_the_cpu(net, DType::Bf16, settings.clone(), 5e-3, 0.999);
+    network_follows_the_cpu(net, DType::F32, settings, 1e-4, 0.9999);
+}
+
+#[test]
+fn no_schedule_changes_a_bit() {
+    let run = |seed| {
+        let mut trainer = trainer(gpu(seed), DType::Bf16, settings());
+        let outcomes: Vec<_> = (0..3).map(|number| step(&mut trainer, number)).collect();
+        (outcomes, state(&trainer))
+    };
+    let first = run(0);
+    for seed in [0, 1, 7] {
+        assert!(run(seed) == first, "other bits under seed {seed}");
+    }
+}
+
+#[test]
+fn recorded_work_gives_the_bits_of_work_enqueued_piece_by_piece() {
+    let run = |record| {
+        let mut trainer = trainer(gpu(0), DType::Bf16, Settings { record, ..settings() });
+        let outcomes: Vec<_> = (0..4).map(|number| step(&mut trainer, number)).collect();
+        (outcomes, state(&trainer))
+    };
+    assert!(run(true) == run(false));
+}
+
+#[test]
+fn a_step_that_is_not_finite_changes_no_weight_and_the_next_one_goes_on() {
+    let mut trainer = trainer(gpu(0), DType::Bf16, settings());
+    let dev = trainer.device().clone();
+    (0..3).for_each(|number| assert!(step(&mut trainer, number).updated));
+    let weights = |trainer: &Trainer| dev.download::<f32>(trainer.mae.weights.flat()).unwrap();
+    let before = weights(&trainer);
+    // A weight that overflows reaches the loss.
+    let mut spoilt = before.clone();
+    spoilt[trainer.mae.weights.offset(trainer.mae.table().decoder_pred.bias)] = f32::INFINITY;
+    dev.upload(trainer.mae.weights.flat_mut(), &spoilt).unwrap();
+    trainer.mae.round(&dev).unwrap();
+    let moments = dev.download::<f32>(trainer.exp_avg.flat()).unwrap();
+    let outcome = step(&mut trainer, 3);
+    assert!(!outcome.updated && !outcome.loss.is_finite());
+    assert_eq!(trainer.updates().unwrap(), 3);
+    assert_eq!(weights(&trainer), spoilt);
+    assert_eq!(dev.download::<f32>(trainer.exp_avg.flat()).unwrap(), moments);
+    dev.upload(trainer.mae.weights.flat_mut(), &before).unwrap();
+    trainer.mae.round(&dev).unwrap();
+    assert!(step(&mut trainer, 3).updated);
+    assert_eq!(trainer.updates().unwrap(), 4);
+    assert!(weights(&trainer).iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn a_batch_whose_crops_leave_its_images_is_refused_before_it_is_copied() {
+    let mut trainer = trainer(gpu(0), DType::Bf16, settings());
+    step(&mut trainer, 0);
+    let mut images = images(0);
+    images.geometry[3] = 200;
+    let batch = MicroBatch {
+        images: &images.bytes,
+        geometry: &images.geometry,
+        samples: &images.samples,
+        epoch: 0,
+    };
+    let why = trainer.accumulate(batch, MICRO_BATCHES).unwrap_err().to_string();
+    assert!(why.contains("geometry") && why.contains("image 0"), "{why}");
+    assert!(step(&mut trainer, 1).updated);
+}
+
+#[test]
+fn a_micro_batch_that_does_not_fit_is_refused_with_one_that_does() {
+    let bytes = |micro_batch| {
+        let settings = Settings { micro_batch, ..settings() };
+        trainer(gpu(0), DType::Bf16, settings).memory_bytes() as u64
+    };
+    let fits = bytes(8);
+    assert!(bytes(16) > fits + fits / 4);
+    // Room for 8 images, and the share that is left free.
+    let options = SimtOptions { memory_bytes: fits + fits / 16, ..SimtOptions::default() };
+    let small = || Device::Cuda(Gpu::simt(options).unwrap());
+    let build = |micro_batch| {
+        Trainer::new(small(), NET, DType::Bf16, Settings { micro_batch, ..settings() }).map(drop)
+    };
+    assert!(build(8).is_ok());
+    let why = build(64).unwrap_err().to_string();
+    assert!(why.starts_with("`optim.micro_batch` is 64, which needs"), "{why}");
+    assert!(why.ends_with("; 8 fits"), "{why}");
+}
