@@ -35,37 +35,22 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
   __syncthreads();
 
   const int warp = warp_id(), l = lane_id(), r = warp * 16 + (l >> 2), t = l & 3;
-  float s[LIVE][4] = {}, dp[LIVE][4] = {};
-#pragma unroll
-  for (int c = 0; c < HD / 16; c++) {
-    uint32_t kf[4], vf[4];
-    k.a(kf, warp * 16, c * 2);
-    v.a(vf, warp * 16, c * 2);
-#pragma unroll
-    for (int n = 0; n < ROWS / 16; n++) {
-      uint32_t qf[4], gf[4];
-      q.b_t(qf, n * 16, c * 2);
-      g.b_t(gf, n * 16, c * 2);
-      if (2 * n + 1 < LIVE) {
-        mma_bf16_x2(s[2 * n], s[2 * n + 1], kf, qf);
-        mma_bf16_x2(dp[2 * n], dp[2 * n + 1], vf, gf);
-      } else {
-        mma_bf16(s[2 * n], kf, qf[0], qf[1]);
-        mma_bf16(dp[2 * n], vf, gf[0], gf[1]);
-      }
-    }
-  }
   // A padded key scores 0, and 2^-lse may be infinite: it must not reach delta, nor dQ.
   const bool in[2] = {T % 16 == 0 || r < T, T % 16 == 0 || r + 8 < T};
-  const float scale_log2 = p.scale * LOG2E;
+  float s[LIVE][4] = {}, dp[LIVE][4] = {};
+  scores(s, k, warp * 16, q);
 #pragma unroll
   for (int j = 0; j < LIVE; j++) {
     const Vec<float, 2> row = lds<Vec<float, 2>>(lse + (j * 8 + t * 2) * 4);
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[j][e] = in[e / 2] ? ex2(fma3(s[j][e], p.scale_log2, -row[e % 2])) : 0.f;
+  }
+  scores(dp, v, warp * 16, g);
+#pragma unroll
+  for (int j = 0; j < LIVE; j++) {
     Vec<float, 2> sum;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) s[j][2 * h + e] = in[h] ? ex2(fma3(s[j][2 * h + e], scale_log2, -row[e])) : 0.f;
       sum[e] = s[j][e] * dp[j][e] + s[j][2 + e] * dp[j][2 + e];
       for (int step = 16; step >= 4; step >>= 1) sum[e] += __shfl_xor_sync(~0u, sum[e], step);
     }
@@ -109,8 +94,8 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
       mma_bf16_x2(dk[2 * c], dk[2 * c + 1], dsf[n], f);
     }
   __syncthreads();  // all dS^T are written; queries and grad_out are no longer read
-  store_part(Head(p, blockIdx.x, T, HD), 2, p.grad_qkv, warp * 16, g, warp * 16, dv, 1.f);
-  store_part(Head(p, blockIdx.x, T, HD), 1, p.grad_qkv, warp * 16, g, warp * 16, dk, p.scale);
+  store_part(Head(p, anew(blockIdx.x), T, HD), 2, p.grad_qkv, warp * 16, g, warp * 16, dv, 1.f);
+  store_part(Head(p, anew(blockIdx.x), T, HD), 1, p.grad_qkv, warp * 16, g, warp * 16, dk, p.scale_log2 * LN2);
   float dq[HD / 8][4] = {};
 #pragma unroll
   for (int n = 0; n < ROWS / 16; n++) {
@@ -123,7 +108,7 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
       mma_bf16_x2(dq[2 * c], dq[2 * c + 1], a, kf);
     }
   }
-  store_part(Head(p, blockIdx.x, T, HD), 0, p.grad_qkv, warp * 16, q, warp * 16, dq, p.scale);
+  store_part(Head(p, anew(blockIdx.x), T, HD), 0, p.grad_qkv, warp * 16, q, warp * 16, dq, p.scale_log2 * LN2);
 }
 
 // A warp owns KT tiles of 16 keys.
@@ -148,26 +133,25 @@ template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP> DEV void backw
   cp_async_wait<0>();
   __syncthreads();
 
-  const int warp = warp_id(), l = lane_id();
-  Keys<HD, KT, KEEP> keys(k, v, warp * KT * 16);
+  Keys<HD, KT, KEEP> keys(k, v, warp_id() * KT * 16);
   for (int chunk = 0; chunk < TILES; chunk += CHUNK) {
     const int end = chunk + CHUNK < TILES ? chunk + CHUNK : TILES;
 #pragma unroll 1
     for (int tile = chunk; tile < end; tile++) {
-      uint32_t pf[KT][4], dsf[KT][4];
-      keys.weigh(q, g, tile * 16, lse + tile * 64, delta + tile * 64, p.scale * LOG2E, pf, dsf);
+      uint32_t dst[KT][4];
+      keys.meet(q, g, tile * 16, lse + tile * 64, delta + tile * 64, p.scale_log2, dst);
+      const int l = anew(threadIdx.x) & 31;
 #pragma unroll
       for (int i = 0; i < KT; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           // Padded keys must not reach dQ. In dK and dV they have rows of their own, which are not stored.
           const int r = keys.first + i * 16 + (l >> 2) + e % 2 * 8;
-          sts(ds.at(r, (tile - chunk) * 2 + e / 2) + (l & 3) * 4, T % 16 == 0 || r < T ? dsf[i][e] : 0u);
+          sts(ds.at(r, (tile - chunk) * 2 + e / 2) + (l & 3) * 4, T % 16 == 0 || r < T ? dst[i][e] : 0u);
         }
-      keys.accumulate(q, g, tile * 16, pf, dsf);
     }
     __syncthreads();  // dS^T of the chunk is written; its queries are no longer read
-    for (int tile = chunk + warp; tile < end; tile += WARPS) {
+    for (int tile = chunk + (anew(threadIdx.x) >> 5); tile < end; tile += WARPS) {
       float dq[HD / 8][4] = {};
 #pragma unroll 1
       for (int n = 0; n < TILES; n++) {
@@ -180,7 +164,7 @@ template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP> DEV void backw
           mma_bf16_x2(dq[2 * c], dq[2 * c + 1], a, f);
         }
       }
-      store_part(Head(p, blockIdx.x, T, HD), 0, p.grad_qkv, tile * 16, q, tile * 16, dq, p.scale);
+      store_part(Head(p, anew(blockIdx.x), T, HD), 0, p.grad_qkv, tile * 16, q, tile * 16, dq, p.scale_log2 * LN2);
     }
     if (end < TILES) __syncthreads();
   }
@@ -188,8 +172,8 @@ template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP> DEV void backw
   for (int i = 0; i < KT; i++) {
     // The values of these keys were read by this warp alone.
     const int key = keys.first + i * 16;
-    store_part(Head(p, blockIdx.x, T, HD), 2, p.grad_qkv, key, v, key, keys.dv[i], 1.f);
-    store_part(Head(p, blockIdx.x, T, HD), 1, p.grad_qkv, key, v, key, keys.dk[i], p.scale);
+    store_part(Head(p, anew(blockIdx.x), T, HD), 2, p.grad_qkv, key, v, key, keys.dv[i], 1.f);
+    store_part(Head(p, anew(blockIdx.x), T, HD), 1, p.grad_qkv, key, v, key, keys.dk[i], p.scale_log2 * LN2);
   }
 }
 
@@ -201,5 +185,5 @@ using AttentionBackward = attention::BackwardParams<bf16>;
 HOT_KERNEL(attention_backward_50x64_bf16, AttentionBackward, 128, 4) { backward_short<50, 64>(p); }
 HOT_KERNEL(attention_backward_65x80_bf16, AttentionBackward, 160, 2) { backward_short<65, 80>(p); }
 HOT_KERNEL(attention_backward_197x32_bf16, AttentionBackward, 224, 2) { backward_long<197, 32, 7, 2, 7, false>(p); }
-HOT_KERNEL(attention_backward_197x64_bf16, AttentionBackward, 416, 1) { backward_long<197, 64, 13, 1, 13, false>(p); }
+HOT_KERNEL(attention_backward_197x64_bf16, AttentionBackward, 416, 1) { backward_long<197, 64, 13, 1, 7, false>(p); }
 HOT_KERNEL(attention_backward_257x32_bf16, AttentionBackward, 288, 1) { backward_long<257, 32, 9, 2, 9, true>(p); }

@@ -32,7 +32,6 @@ template <int HD, int MT> DEV void backward_query(const BackwardParams<bf16>& p)
   cp_async_wait<1>();
   __syncthreads();
   const int l = lane_id(), row = warp_id() * MT * 16;
-  const float scale_log2 = p.scale * LOG2E;
   uint32_t qf[MT][HD / 16][4], gf[MT][HD / 16][4];
   float dq[MT][HD / 8][4] = {}, lse[MT][2], delta[MT][2];
 #pragma unroll
@@ -82,7 +81,7 @@ template <int HD, int MT> DEV void backward_query(const BackwardParams<bf16>& p)
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             const bool inside = n + j * 8 + (l & 3) * 2 + e % 2 < live;
-            const float weight = ex2(inside ? fma3(s[i][j][e], scale_log2, -lse[i][e / 2]) : MASKED);
+            const float weight = ex2(inside ? fma3(s[i][j][e], p.scale_log2, -lse[i][e / 2]) : MASKED);
             ds[e] = weight * (dp[i][j][e] - delta[i][e / 2]);
           }
           dsf[i][2 * j] = pack_bf16(ds[0], ds[1]);
@@ -99,7 +98,7 @@ template <int HD, int MT> DEV void backward_query(const BackwardParams<bf16>& p)
     __syncthreads();
   }
 #pragma unroll
-  for (int i = 0; i < MT; i++) store_part(head, 0, p.grad_qkv, first + row + i * 16, q, row + i * 16, dq[i], p.scale);
+  for (int i = 0; i < MT; i++) store_part(head, 0, p.grad_qkv, first + row + i * 16, q, row + i * 16, dq[i], p.scale_log2 * LN2);
 }
 
 // A warp owns KT tiles of 16 keys.
@@ -134,7 +133,7 @@ template <int HD, int KT> DEV void backward_key(const BackwardParams<bf16>& p) {
   float sum = load_sum(0);
   cp_async_wait<1>();
   __syncthreads();
-  Keys<HD, KT, true> keys(k, v, warp_id() * KT * 16);
+  Keys<HD, KT, (HD < 112)> keys(k, v, warp_id() * KT * 16);
   for (int step = 0; step < steps; step++) {
     sts(row_sums(step) + threadIdx.x * 4, sum);
     if (step + 1 < steps) {
@@ -148,10 +147,9 @@ template <int HD, int KT> DEV void backward_key(const BackwardParams<bf16>& p) {
     const Tile<HD> q = query_tile(step), g = grad_tile(step);
 #pragma unroll 1
     for (int n = 0; n < STEP; n += 16) {
-      uint32_t pf[KT][4], dsf[KT][4];
+      uint32_t dst[KT][4];
       const uint32_t at = row_sums(step) + n * 4;
-      keys.weigh(q, g, n, at, at + STEP * 4, p.scale * LOG2E, pf, dsf);
-      keys.accumulate(q, g, n, pf, dsf);
+      keys.meet(q, g, n, at, at + STEP * 4, p.scale_log2, dst);
     }
     __syncthreads();
   }
@@ -159,7 +157,7 @@ template <int HD, int KT> DEV void backward_key(const BackwardParams<bf16>& p) {
   for (int i = 0; i < KT; i++) {
     const int row = keys.first + i * 16;
     store_part(head, 2, p.grad_qkv, first + row, v, row, keys.dv[i], 1.f);
-    store_part(head, 1, p.grad_qkv, first + row, v, row, keys.dk[i], p.scale);
+    store_part(head, 1, p.grad_qkv, first + row, v, row, keys.dk[i], p.scale_log2 * LN2);
   }
 }
 

@@ -59,10 +59,9 @@ DEV void forward_f32(const ForwardParams<float>& p) {
     top = max2(top, s);
   }
   // One fma, as in the gradient: weights that differ would not cancel in its sums.
-  const float scale_log2 = p.scale * LOG2E;
-  top = warp_max(top) * scale_log2;
+  top = warp_max(top) * p.scale_log2;
   for (int j = lane_id(); j < p.tokens; j += 32) {
-    const float weight = ex2(fma3(lds<float>(w.shared + j * 4), scale_log2, -top));
+    const float weight = ex2(fma3(lds<float>(w.shared + j * 4), p.scale_log2, -top));
     sts(w.shared + j * 4, weight);
     sum += weight;
   }
@@ -82,11 +81,11 @@ DEV void backward_query_f32(const BackwardParams<float>& p) {
   delta = warp_sum(delta);
   const float lse = load(w.head.statistic(p.lse), w.row) * LOG2E;
   for (int j = lane_id(); j < p.tokens; j += 32) {
-    const float weight = ex2(fma3(dot(q[w.row], k[j], p.head_dim), p.scale * LOG2E, -lse));
+    const float weight = ex2(fma3(dot(q[w.row], k[j], p.head_dim), p.scale_log2, -lse));
     sts(w.shared + j * 4, weight * (dot(g[w.row], v[j], p.head_dim) - delta));
   }
   __syncwarp();
-  mix(w.grad(p.grad_qkv, 0), w.shared, k, p.tokens, p.scale);
+  mix(w.grad(p.grad_qkv, 0), w.shared, k, p.tokens, p.scale_log2 * LN2);
   if (lane_id() == 0) store(w.head.statistic(p.delta), w.row, delta);
 }
 
@@ -98,13 +97,13 @@ DEV void backward_key_f32(const BackwardParams<float>& p) {
   const uint32_t weights = w.shared, grads = weights + p.tokens * 4;
   for (int i = lane_id(); i < p.tokens; i += 32) {
     const float lse = load(w.head.statistic(p.lse), i) * LOG2E, delta = load(w.head.statistic(p.delta), i);
-    const float weight = ex2(fma3(dot(q[i], k[w.row], p.head_dim), p.scale * LOG2E, -lse));
+    const float weight = ex2(fma3(dot(q[i], k[w.row], p.head_dim), p.scale_log2, -lse));
     sts(weights + i * 4, weight);
     sts(grads + i * 4, weight * (dot(g[i], v[w.row], p.head_dim) - delta));
   }
   __syncwarp();
   mix(w.grad(p.grad_qkv, 2), weights, g, p.tokens, 1.f);
-  mix(w.grad(p.grad_qkv, 1), grads, q, p.tokens, p.scale);
+  mix(w.grad(p.grad_qkv, 1), grads, q, p.tokens, p.scale_log2 * LN2);
 }
 
 }  // namespace attention

@@ -13,21 +13,15 @@
 
 namespace attention {
 
-// Turns 16 x 16 scores, of which `live` tiles of 8 keys are not all padding, into weights and the left operand of the
-// second product. m is scale * LOG2E times the row maxima.
-DEV void weigh(float (&s)[2][4], int live, float scale_log2, const float (&m)[2], float (&sum)[2], uint32_t (&w)[4]) {
-  w[2] = w[3] = 0;
+// Turns scores of 16 queries by 8 keys into weights, half a left operand. m is the row maxima times scale_log2.
+DEV void weigh(float (&s)[4], float scale_log2, const float (&m)[2], float (&sum)[2], uint32_t& upper, uint32_t& lower) {
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    if (j >= live) continue;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      s[j][e] = ex2(fma3(s[j][e], scale_log2, -m[e / 2]));
-      sum[e / 2] += s[j][e];
-    }
-    w[2 * j] = pack_bf16(s[j][0], s[j][1]);
-    w[2 * j + 1] = pack_bf16(s[j][2], s[j][3]);
+  for (int e = 0; e < 4; e++) {
+    s[e] = ex2(fma3(s[e], scale_log2, -m[e / 2]));
+    sum[e / 2] += s[e];
   }
+  upper = pack_bf16(s[0], s[1]);
+  lower = pack_bf16(s[2], s[3]);
 }
 
 // A lane holds rows g and g + 8 of a tile of 16 queries; the first lane of a quad stores their statistic.
@@ -48,43 +42,25 @@ template <int T, int HD, int WARPS> DEV void forward_whole(const ForwardParams<b
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  const float scale_log2 = p.scale * LOG2E;
   const int t = lane_id() & 3;
   // The warp that has one tile more than the others changes from block to block: all schedulers of the SM share it.
   for (int tile = (warp_id() + blockIdx.x) % WARPS; tile < TILES; tile += WARPS) {
-    uint32_t qf[HD / 16][4];
+    float s[LIVE][4] = {}, m[2] = {MASKED, MASKED};
+    scores(s, q, tile * 16, k);
 #pragma unroll
-    for (int c = 0; c < HD / 16; c++) q.a(qf[c], tile * 16, c * 2);
-    float s[TILES][2][4];
-    float m[2] = {MASKED, MASKED};
+    for (int n = 0; n < LIVE; n++)
 #pragma unroll
-    for (int n = 0; n < TILES; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) s[n][0][e] = s[n][1][e] = 0.f;
-#pragma unroll
-      for (int c = 0; c < HD / 16; c++) {
-        uint32_t kf[4];
-        k.b_t(kf, n * 16, c * 2);
-        if (2 * n + 1 < LIVE) mma_bf16_x2(s[n][0], s[n][1], qf[c], kf);
-        else mma_bf16(s[n][0], qf[c], kf[0], kf[1]);
+      for (int e = 0; e < 4; e++) {
+        if (n * 8 + 8 > T && n * 8 + t * 2 + e % 2 >= T) s[n][e] = MASKED;
+        m[e / 2] = max2(m[e / 2], s[n][e]);
       }
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        if (2 * n + j >= LIVE) continue;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int first = n * 16 + j * 8;
-          if (first + 8 > T && first + t * 2 + e % 2 >= T) s[n][j][e] = MASKED;
-          m[e / 2] = max2(m[e / 2], s[n][j][e]);
-        }
-      }
-    }
     float sum[2] = {0.f, 0.f}, o[HD / 8][4] = {};
-    for (int r = 0; r < 2; r++) m[r] = quad_max(m[r]) * scale_log2;
+    for (int r = 0; r < 2; r++) m[r] = quad_max(m[r]) * p.scale_log2;
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-      uint32_t w[4];
-      weigh(s[n], LIVE - 2 * n, scale_log2, m, sum, w);
+      uint32_t w[4] = {};
+      weigh(s[2 * n], p.scale_log2, m, sum, w[0], w[1]);
+      if (2 * n + 1 < LIVE) weigh(s[2 * n + 1], p.scale_log2, m, sum, w[2], w[3]);
 #pragma unroll
       for (int c = 0; c < HD / 16; c++) {
         uint32_t vf[4];
@@ -93,10 +69,11 @@ template <int T, int HD, int WARPS> DEV void forward_whole(const ForwardParams<b
       }
     }
     for (int r = 0; r < 2; r++) sum[r] = quad_sum(sum[r]);
-    store_lse(head.statistic(p.lse), tile * 16, T, m, sum);
+    const Head again(p, anew(blockIdx.x), T, HD);  // not kept in registers all the way
+    store_lse(again.statistic(p.lse), tile * 16, T, m, sum);
     // These queries were read by this warp alone: their place in shared memory is free.
-    store_rows(q, tile * 16, o, 1.f / sum[0], 1.f / sum[1], head.rows(p.out) + tile * 16 * head.out_stride(),
-               head.out_stride(), T - tile * 16, HD);
+    store_rows(q, tile * 16, o, 1.f / sum[0], 1.f / sum[1], again.rows(p.out) + tile * 16 * again.out_stride(),
+               again.out_stride(), T - tile * 16, HD);
   }
 }
 
@@ -121,7 +98,6 @@ template <int HD, int MT> DEV void forward_streamed(const ForwardParams<bf16>& p
   };
   load_rows<WARPS * 32, QUERIES>(q, head.part(p.qkv, 0) + first * stride, stride, p.tokens - first, hd);
   load_step(0);
-  const float scale_log2 = p.scale * LOG2E;
   const int t = lane_id() & 3, row = warp_id() * MT * 16;
   float o[MT][HD / 8][4] = {}, sum[MT][2] = {}, top[MT][2];
 #pragma unroll
@@ -174,9 +150,9 @@ template <int HD, int MT> DEV void forward_streamed(const ForwardParams<bf16>& p
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         m[r] = quad_max(m[r]);
-        const float shrink = ex2((top[i][r] - m[r]) * scale_log2);
+        const float shrink = ex2((top[i][r] - m[r]) * p.scale_log2);
         top[i][r] = m[r];
-        m[r] *= scale_log2;
+        m[r] *= p.scale_log2;
         sum[i][r] *= shrink;
 #pragma unroll
         for (int c = 0; c < HD / 8; c++) {
@@ -185,7 +161,8 @@ template <int HD, int MT> DEV void forward_streamed(const ForwardParams<bf16>& p
         }
       }
 #pragma unroll
-      for (int n = 0; n < KEYS / 16; n++) weigh(s[i][n], 2, scale_log2, m, sum[i], w[i][n]);
+      for (int n = 0; n < KEYS / 8; n++)
+        weigh(s[i][n / 2][n % 2], p.scale_log2, m, sum[i], w[i][n / 2][n % 2 * 2], w[i][n / 2][n % 2 * 2 + 1]);
     }
 #pragma unroll
     for (int n = 0; n < KEYS / 16; n++)
@@ -203,7 +180,7 @@ template <int HD, int MT> DEV void forward_streamed(const ForwardParams<bf16>& p
     const int at = first + row + i * 16;
     float m[2];
     for (int r = 0; r < 2; r++) {
-      m[r] = top[i][r] * scale_log2;
+      m[r] = top[i][r] * p.scale_log2;
       sum[i][r] = quad_sum(sum[i][r]);
     }
     store_lse(head.statistic(p.lse), at, p.tokens, m, sum[i]);

@@ -50,65 +50,70 @@ template <int HD, int KT, bool KEEP> struct Keys {
         }
   }
 
-  // acc += keys (or values) by columns 16 c.. times f.
-  DEV void product(float (&acc)[KT][2][4], Tile<HD> tile, const uint32_t (&kept)[KEEP ? KT : 1][HD / 16][4], int c,
-                   const uint32_t (&f)[4]) const {
+  // acc += keys (or values) times 16 rows of `columns` from `row` on, transposed.
+  DEV void scores(float (&acc)[KT][2][4], Tile<HD> tile, const uint32_t (&kept)[KEEP ? KT : 1][HD / 16][4],
+                  Tile<HD> columns, int row) const {
 #pragma unroll
-    for (int i = 0; i < KT; i++) {
-      if constexpr (KEEP) {
-        mma_bf16_x2(acc[i][0], acc[i][1], kept[i][c], f);
-      } else {
-        uint32_t a[4];
-        tile.a(a, first + i * 16, c * 2);
-        mma_bf16_x2(acc[i][0], acc[i][1], a, f);
+    for (int c = 0; c < HD / 16; c++) {
+      uint32_t f[4];
+      columns.b_t(f, row, c * 2);
+#pragma unroll
+      for (int i = 0; i < KT; i++) {
+        if constexpr (KEEP) {
+          mma_bf16_x2(acc[i][0], acc[i][1], kept[i][c], f);
+        } else {
+          uint32_t a[4];
+          tile.a(a, first + i * 16, c * 2);
+          mma_bf16_x2(acc[i][0], acc[i][1], a, f);
+        }
       }
     }
   }
 
-  // P^T and dS^T by 16 queries, as left operands. q and g hold the queries and their grad_out from `row` on; lse (base 2)
-  // and delta are the addresses of the 16 queries' statistics. Rows of padded keys hold nonsense, even NaN: a padded key
-  // scores 0, and 2^-lse may be infinite.
-  DEV void weigh(Tile<HD> q, Tile<HD> g, int row, uint32_t lse, uint32_t delta, float scale_log2, uint32_t (&pf)[KT][4],
-                 uint32_t (&dsf)[KT][4]) const {
-    float s[KT][2][4] = {}, dp[KT][2][4] = {};
+  // acc += P^T (or dS^T), as a left operand, times 16 rows from `row` on.
+  DEV void gather(float (&acc)[KT][HD / 8][4], const uint32_t (&weights)[KT][4], Tile<HD> rows, int row) {
 #pragma unroll
     for (int c = 0; c < HD / 16; c++) {
       uint32_t f[4];
-      q.b_t(f, row, c * 2);
-      product(s, k, kf, c, f);
-      g.b_t(f, row, c * 2);
-      product(dp, v, vf, c, f);
-    }
-    const int t = lane_id() & 3;
+      rows.b(f, row, c * 2);
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const auto row_lse = lds<Vec<float, 2>>(lse + (j * 8 + t * 2) * 4);
-      const auto row_delta = lds<Vec<float, 2>>(delta + (j * 8 + t * 2) * 4);
-#pragma unroll
-      for (int i = 0; i < KT; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const float p0 = ex2(fma3(s[i][j][2 * h], scale_log2, -row_lse[0]));
-          const float p1 = ex2(fma3(s[i][j][2 * h + 1], scale_log2, -row_lse[1]));
-          pf[i][2 * j + h] = pack_bf16(p0, p1);
-          dsf[i][2 * j + h] =
-              pack_bf16(p0 * (dp[i][j][2 * h] - row_delta[0]), p1 * (dp[i][j][2 * h + 1] - row_delta[1]));
-        }
+      for (int i = 0; i < KT; i++) mma_bf16_x2(acc[i][2 * c], acc[i][2 * c + 1], weights[i], f);
     }
   }
 
-  // dV += P^T dO, dK += dS^T Q.
-  DEV void accumulate(Tile<HD> q, Tile<HD> g, int row, const uint32_t (&pf)[KT][4], const uint32_t (&dsf)[KT][4]) {
+  // Adds what 16 queries give to dK and dV, and yields their dS^T as a left operand. q and g hold the queries and their
+  // grad_out from `row` on; lse (base 2) and delta are the addresses of their statistics. Rows of padded keys hold nonsense,
+  // even NaN: a padded key scores 0, and 2^-lse may be infinite. The order of the products keeps few numbers alive.
+  DEV void meet(Tile<HD> q, Tile<HD> g, int row, uint32_t lse, uint32_t delta, float scale_log2, uint32_t (&dst)[KT][4]) {
+    const int at = (lane_id() & 3) * 8;
+    float s[KT][2][4] = {}, dp[KT][2][4] = {};
+    uint32_t pt[KT][4];
+    scores(s, k, kf, q, row);
 #pragma unroll
-    for (int c = 0; c < HD / 16; c++) {
-      uint32_t f[4];
-      g.b(f, row, c * 2);
+    for (int j = 0; j < 2; j++) {
+      const auto x = lds<Vec<float, 2>>(lse + j * 32 + at);
 #pragma unroll
-      for (int i = 0; i < KT; i++) mma_bf16_x2(dv[i][2 * c], dv[i][2 * c + 1], pf[i], f);
-      q.b(f, row, c * 2);
+      for (int i = 0; i < KT; i++) {
 #pragma unroll
-      for (int i = 0; i < KT; i++) mma_bf16_x2(dk[i][2 * c], dk[i][2 * c + 1], dsf[i], f);
+        for (int e = 0; e < 4; e++) s[i][j][e] = ex2(fma3(s[i][j][e], scale_log2, -x[e % 2]));
+        pt[i][2 * j] = pack_bf16(s[i][j][0], s[i][j][1]);
+        pt[i][2 * j + 1] = pack_bf16(s[i][j][2], s[i][j][3]);
+      }
     }
+    gather(dv, pt, g, row);
+    scores(dp, v, vf, g, row);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const auto x = lds<Vec<float, 2>>(delta + j * 32 + at);
+#pragma unroll
+      for (int i = 0; i < KT; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[i][j][e] *= dp[i][j][e] - x[e % 2];
+        dst[i][2 * j] = pack_bf16(s[i][j][0], s[i][j][1]);
+        dst[i][2 * j + 1] = pack_bf16(s[i][j][2], s[i][j][3]);
+      }
+    }
+    gather(dk, dst, q, row);
   }
 };
 

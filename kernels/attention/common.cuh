@@ -13,9 +13,9 @@ template <class T> struct ForwardParams {
   Global<float> lse;  // (B, NH, T): natural logarithm of the row sums
   Global<const T> qkv;
   int tokens, heads, head_dim;
-  float scale;
+  float scale_log2;  // of products, for weights by ex2: log2(e) / sqrt(HD)
 };
-static_assert(sizeof(ForwardParams<bf16>) == 40 && offsetof(ForwardParams<bf16>, scale) == 36,
+static_assert(sizeof(ForwardParams<bf16>) == 40 && offsetof(ForwardParams<bf16>, scale_log2) == 36,
               "as in src/ops/attention/launch.rs");
 
 template <class T> struct BackwardParams {
@@ -25,9 +25,9 @@ template <class T> struct BackwardParams {
   Global<const T> qkv;
   Global<float> delta;  // (B, NH, T): sum(grad_out * out) of a row; only the kernels that go in two passes use it
   int tokens, heads, head_dim;
-  float scale;
+  float scale_log2;  // of products, for weights by ex2: log2(e) / sqrt(HD)
 };
-static_assert(sizeof(BackwardParams<bf16>) == 64 && offsetof(BackwardParams<bf16>, scale) == 60,
+static_assert(sizeof(BackwardParams<bf16>) == 64 && offsetof(BackwardParams<bf16>, scale_log2) == 60,
               "as in src/ops/attention/launch.rs");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -69,7 +69,7 @@ template <int COLS> struct Tile {
   uint32_t base;
 
   static DEV constexpr int bytes(int rows) { return rows * COLS * 2; }
-  DEV uint32_t at(int row, int chunk) const {
+  DEV uint32_t at(uint32_t row, uint32_t chunk) const {
     return base + row * COLS * 2 + ((chunk ^ (row / (8 / PERIOD) % PERIOD)) << 4);
   }
   DEV void a(uint32_t (&f)[4], int row, int chunk SITE) const {
@@ -101,13 +101,29 @@ DEV void load_rows(Tile<COLS> tile, Global<const bf16> from, int stride, int row
   }
 }
 
+// acc += 16 rows of a tile, from `row` on, times the first 8 LIVE rows of another, transposed.
+template <int LIVE, int HD> DEV void scores(float (&acc)[LIVE][4], Tile<HD> rows, int row, Tile<HD> columns) {
+#pragma unroll
+  for (int c = 0; c < HD / 16; c++) {
+    uint32_t a[4];
+    rows.a(a, row, c * 2);
+#pragma unroll
+    for (int n = 0; n < LIVE; n += 2) {
+      uint32_t b[4];
+      columns.b_t(b, n * 8, c * 2);
+      if (n + 1 < LIVE) mma_bf16_x2(acc[n], acc[n + 1], a, b);
+      else mma_bf16(acc[n], a, b[0], b[1]);
+    }
+  }
+}
+
 // A warp stores 16 rows of accumulators, rows g and g + 8 of a lane times `upper` and `lower`. They pass through the
 // 16 rows of `tile` from `row` on, which are free for that, so that each lane stores 16 bytes at once.
 template <int COLS>
 DEV void store_rows(Tile<COLS> tile, int row, const float (&acc)[COLS / 8][4], float upper, float lower,
                     Global<bf16> to, int stride, int rows, int head_dim) {
   constexpr int CHUNKS = Tile<COLS>::CHUNKS;
-  const int l = lane_id(), g = l >> 2, t = l & 3;
+  const int l = anew(lane_id()), g = l >> 2, t = l & 3;
   __syncwarp();
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {

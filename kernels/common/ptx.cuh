@@ -161,6 +161,14 @@ DEV float rcp(float x) {  // 1 / x to 1 ulp
   return 1.f / x;
 #endif
 }
+// x, without the compiler knowing: what follows from it is computed anew here rather than kept in registers since an
+// earlier use.
+DEV int anew(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
 DEV uint32_t mul_hi(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
   return __umulhi(a, b);

@@ -16,7 +16,7 @@ struct ForwardParams {
     tokens: i32,
     heads: i32,
     head_dim: i32,
-    scale: f32,
+    scale_log2: f32,
 }
 const _: () = assert!(size_of::<ForwardParams>() == 40, "as in kernels/attention/common.cuh");
 
@@ -32,7 +32,7 @@ struct BackwardParams {
     tokens: i32,
     heads: i32,
     head_dim: i32,
-    scale: f32,
+    scale_log2: f32,
 }
 const _: () = assert!(size_of::<BackwardParams>() == 64, "as in kernels/attention/common.cuh");
 
@@ -116,7 +116,7 @@ const WHOLE: [Whole; 5] = [
         tokens: 197,
         head_dim: 64,
         forward: Whole::forward("attention_forward_197x64_bf16", 4, 197, 64),
-        backward: Whole::long("attention_backward_197x64_bf16", [13, 1, 13], 197, 64),
+        backward: Whole::long("attention_backward_197x64_bf16", [13, 1, 7], 197, 64),
     },
     Whole {
         tokens: 257,
@@ -197,9 +197,9 @@ fn plan(shared_bytes: u32, dims: Dims) -> Plan {
     }
 }
 
-/// Factor of the products.
-fn scale(dims: Dims) -> f32 {
-    (dims.head_dim as f64).powf(-0.5) as f32
+/// Factor of the products, for weights that are powers of two.
+fn scale_log2(dims: Dims) -> f32 {
+    ((dims.head_dim as f64).powf(-0.5) * std::f64::consts::LOG2_E) as f32
 }
 
 pub(super) fn forward(gpu: &Gpu, args: &Forward<'_>, dims: Dims) -> Result<()> {
@@ -210,7 +210,7 @@ pub(super) fn forward(gpu: &Gpu, args: &Forward<'_>, dims: Dims) -> Result<()> {
         tokens: dims.tokens as i32,
         heads: dims.heads as i32,
         head_dim: dims.head_dim as i32,
-        scale: scale(dims),
+        scale_log2: scale_log2(dims),
     };
     plan(gpu.properties().shared_bytes, dims).forward.launch(gpu, dims, &params)
 }
@@ -228,7 +228,7 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
         tokens: dims.tokens as i32,
         heads: dims.heads as i32,
         head_dim: dims.head_dim as i32,
-        scale: scale(dims),
+        scale_log2: scale_log2(dims),
     };
     let kernels = plan(gpu.properties().shared_bytes, dims).backward;
     kernels.iter().flatten().try_for_each(|kernel| kernel.launch(gpu, dims, &params))
@@ -269,6 +269,6 @@ mod tests {
             WHOLE.map(|w| plan(shared_bytes, dims(w.tokens, w.head_dim)).backward[1].is_none())
         });
         let small = [true, true, false, false, false];
-        assert_eq!(whole, [small, [true, true, true, false, true], [true; 5]]);
+        assert_eq!(whole, [small, [true; 5], [true; 5]]);
     }
 }
