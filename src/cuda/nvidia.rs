@@ -79,10 +79,8 @@ impl Nvidia {
     }
 
     fn open(ordinal: usize, stream: impl FnOnce() -> Result<Stream>) -> Result<Self> {
-        let found = probe::probe().map_err(|reason| Error::NoDevice {
-            asked: name(ordinal),
-            why: reason.to_string(),
-        })?;
+        let found = probe::probe()
+            .map_err(|reason| Error::NoDevice { asked: name(ordinal), why: reason.to_string() })?;
         Self::start(found, ordinal, FATBINS, stream)
     }
 
