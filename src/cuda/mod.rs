@@ -14,8 +14,8 @@ pub mod probe;
 #[cfg(pixmim_simt)]
 mod simt;
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use driver::{DevPtr, Properties};
 pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
