@@ -8,7 +8,7 @@ use pixmim::{DType, Device, Gpu, Tensor, TensorMut, TensorRef};
 
 #[path = "../shared/masks.rs"]
 mod masks;
-pub(crate) use masks::{Masks, masks};
+pub(crate) use masks::masks;
 
 /// Whether the tests were asked to run on a real GPU.
 pub(crate) fn is_real() -> bool {
