@@ -107,3 +107,31 @@ impl Work {
         }
     }
 }
+
+#[cfg(all(test, pixmim_simt))]
+mod tests {
+    use super::*;
+    use crate::Error;
+    use crate::cuda::SimtOptions;
+
+    #[test]
+    fn work_that_cannot_be_recorded_is_told_and_the_next_goes_on() {
+        let gpu = Gpu::simt(SimtOptions::default()).unwrap();
+        let dev = Device::Cuda(gpu.clone());
+        let mut tensor = Tensor::holding(&dev, &[1, 2, 3], &[3]).unwrap();
+        let mut work = Recorded::default();
+        work.run(&gpu, true, || Ok(())).unwrap();
+        let error = work.run(&gpu, true, || Err(Error::invalid("op", "refuses"))).unwrap_err();
+        assert_eq!(error.to_string(), "`op` refuses");
+        let copied = work.run(&gpu, true, || dev.upload(tensor.view_mut(), &[4, 5, 6]));
+        assert!(matches!(copied, Err(Error::Gpu { .. })), "{copied:?}");
+        // Nothing is being recorded any more.
+        assert_eq!(dev.download::<i32>(tensor.view()).unwrap(), [1, 2, 3]);
+        for _ in 0..2 {
+            dev.upload(tensor.view_mut(), &[7, 8, 9]).unwrap();
+            work.run(&gpu, true, || dev.clear(tensor.view_mut())).unwrap();
+            assert!(matches!(work, Recorded::Graph(_)), "{work:?}");
+            assert_eq!(dev.download::<i32>(tensor.view()).unwrap(), [0; 3]);
+        }
+    }
+}

@@ -209,19 +209,26 @@ impl Trainer {
         let Device::Cuda(gpu) = self.dev.clone() else {
             return self.micro_step(Inputs::on_host(batch)?, micro_batches);
         };
-        let mut feed = match self.feed.take() {
-            Some(feed) if feed.holds(batch) && self.micro_batches == micro_batches => feed,
-            _ => {
-                self.micro_work = Work::New;
-                self.micro_batches = micro_batches;
-                // Photos differ in size: some room, so that a larger batch need not be recorded anew.
-                Feed::new(&self.dev, self.settings.micro_batch, batch.images.len() / 4 * 5)?
+        let fits = self.feed.as_ref().is_some_and(|feed| feed.holds(batch));
+        if !fits || self.micro_batches != micro_batches {
+            self.micro_work = Work::New;
+            self.micro_batches = micro_batches;
+        }
+        // Before the larger one is made: there need not be room for both.
+        let feed = self.feed.take().filter(|_| fits);
+        let mut feed = match feed {
+            Some(feed) => feed,
+            // Photos differ in size: some room, so that a larger batch need not be recorded anew.
+            None => {
+                let bytes = batch.images.len() + batch.images.len() / 4;
+                Feed::new(&self.dev, self.settings.micro_batch, bytes)?
             }
         };
-        feed.fill(&self.dev, batch, self.mae.config().image_size)?;
         let mut work = std::mem::take(&mut self.micro_work);
         let record = self.settings.record;
-        let done = work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches));
+        let done = feed.fill(&self.dev, batch, self.mae.config().image_size).and_then(|()| {
+            work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches))
+        });
         (self.feed, self.micro_work) = (Some(feed), work);
         done
     }

@@ -202,6 +202,7 @@ fn save(
             config_hash: super::config_hash(""),
             world_size: 1,
         },
+        matmul_plans: vec![samples as u8; 9],
     };
     write::save(fs, run, &contents, keep_last)
 }
