@@ -115,9 +115,10 @@ impl Bench {
         mut run: impl FnMut() -> pixmim::Result<()>,
     ) {
         let dev = &self.dev;
-        let wait = || match dev {
-            Device::Cuda(gpu) => gpu.synchronize().unwrap(),
-            _ => (),
+        let wait = || {
+            if let Device::Cuda(gpu) = dev {
+                gpu.synchronize().unwrap();
+            }
         };
         let mut group = self.criterion.benchmark_group(op);
         group.throughput(work);

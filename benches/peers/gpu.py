@@ -4,10 +4,10 @@
     benches/peers/gpu.py [OUT.csv]      all sections
     benches/peers/gpu.py --smoke        tiny, on any device: does it run, and do the variants agree
 
-Prints lines of section,name,ms,rate,unit,share; `share` is of the ceiling measured in this run (copy or matmul). Medians of
-single runs between two events, on random data in tensors larger than the L2 cache. Each section has its own seconds and stops
-between two measurements when they are over; what was left out is said on stderr. Exit code 1: variants disagree, or a
-section failed.
+Prints lines of section,name,ms,rate,unit,share; `share` is of the ceiling measured in this run (copy or matmul).
+Medians of single runs between two events, on random data in tensors larger than the L2 cache. Each section has its own
+seconds and stops between two measurements when they are over; what was left out is said on stderr. Exit code 1:
+variants disagree, or a section failed.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def ceiling(bench):
 
 
 def linear(bench):
-    """Each product of a block: forward, gradient of the input, gradient of the weight; then as the whole step weighs them."""
+    """Each product of a block: forward, gradients of input and weight; then all, as often as a step has them."""
     images = bench.pick(1024, 2)
     operations = milliseconds = 0
     for stack, tokens, width, depth in (("encoder", 50, 768, 12), ("decoder", 197, 512, 8)):
@@ -272,9 +272,8 @@ def step(bench, name, size, images, mode):
         torch.cuda.reset_peak_memory_stats()
     compile_mode = None if mode in ("eager", "compile") else mode
     trainer = Trainer(size, 1.5e-4, "bf16", mode != "eager", bench.device, compile_mode)
-    pool = [
-        torch.randint(0, 256, (images, 3, size.image, size.image), dtype=torch.uint8, device=bench.device) for _ in range(4)
-    ]
+    shape = (images, 3, size.image, size.image)
+    pool = [torch.randint(0, 256, shape, dtype=torch.uint8, device=bench.device) for _ in range(4)]
     losses = []
 
     def one():
@@ -324,7 +323,8 @@ def main():
     )
     parser.add_argument("out", nargs="?", metavar="OUT.csv", help="where lines go (default: stdout)")
     parser.add_argument("--seconds", type=float, default=520, help="in all (default 520): later sections are left out")
-    parser.add_argument("--micro-batch", type=int, default=1024, help="images of a step, fewer where they do not fit (default 1024)")
+    fewer = "images of a step, fewer where they do not fit (default 1024)"
+    parser.add_argument("--micro-batch", type=int, default=1024, help=fewer)
     parser.add_argument("--smoke", action="store_true", help="tiny, on any device")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
