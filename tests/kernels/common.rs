@@ -1,5 +1,7 @@
 //! What the tests of the kernels share: the devices, inputs and guarded outputs on them, comparisons.
 
+use std::sync::OnceLock;
+
 use half::bf16;
 use pixmim::cuda::SimtOptions;
 use pixmim::dtype::Element;
@@ -19,15 +21,21 @@ fn simt(seed: u32) -> Device {
     Device::Cuda(Gpu::simt(SimtOptions { seed, ..SimtOptions::default() }).unwrap())
 }
 
+/// The real GPU. All tests share it, as each opening loads all kernels.
+fn nvidia() -> Device {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    Device::Cuda(GPU.get_or_init(|| Gpu::nvidia(0).unwrap()).clone())
+}
+
 /// The device under test.
 pub(crate) fn gpu() -> Device {
-    simt(0)
+    if is_real() { nvidia() } else { simt(0) }
 }
 
 /// Three schedules of the device under test: on the executor three orders of blocks, warps and lanes; on a real GPU,
 /// whose order nobody chooses, three runs.
 pub(crate) fn schedules() -> [Device; 3] {
-    [0, 1, 7].map(simt)
+    [0, 1, 7].map(|seed| if is_real() { nvidia() } else { simt(seed) })
 }
 
 /// Runs under three schedules, the first of them twice, and asserts that no bit of the result changes.
