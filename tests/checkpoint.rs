@@ -459,6 +459,7 @@ fn a_checkpoint_of_format_1_loads_forever() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoint-v1");
     let mut checkpoint = Checkpoint::open(&path).unwrap();
     Values::new(12_000).assert_in(&mut checkpoint);
+    assert!(checkpoint.matmul_plans.is_empty());
     assert_eq!(checkpoint.metadata()["target"], "low_freq");
     assert_eq!(checkpoint.metadata()["format_version"], "1");
 }

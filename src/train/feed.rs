@@ -119,7 +119,7 @@ mod tests {
         let gpu = Gpu::simt(SimtOptions::default()).unwrap();
         let dev = Device::Cuda(gpu.clone());
         let mut tensor = Tensor::holding(&dev, &[1, 2, 3], &[3]).unwrap();
-        let mut work = Recorded::default();
+        let mut work = Work::default();
         work.run(&gpu, true, || Ok(())).unwrap();
         let error = work.run(&gpu, true, || Err(Error::invalid("op", "refuses"))).unwrap_err();
         assert_eq!(error.to_string(), "`op` refuses");
@@ -130,7 +130,7 @@ mod tests {
         for _ in 0..2 {
             dev.upload(tensor.view_mut(), &[7, 8, 9]).unwrap();
             work.run(&gpu, true, || dev.clear(tensor.view_mut())).unwrap();
-            assert!(matches!(work, Recorded::Graph(_)), "{work:?}");
+            assert!(matches!(work, Work::Recorded(_)), "{work:?}");
             assert_eq!(dev.download::<i32>(tensor.view()).unwrap(), [0; 3]);
         }
     }
