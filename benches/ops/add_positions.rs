@@ -1,21 +1,20 @@
 //! The rows that the decoder's tokens are put together from.
 
-use criterion::Criterion;
 use pixmim::ops::add_positions::{self, Backward, Forward, workspace_bytes};
-use pixmim::{DType, Device};
 
-use crate::{Masks, WORKLOADS, bytes, random, time, zeros};
+use crate::{Bench, Masks, bytes};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    let dev = Device::cpu();
-    for w in WORKLOADS {
+pub(crate) fn bench(bench: &mut Bench) {
+    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
+    for w in bench.workloads.clone() {
         let (images, dim, patches) = (w.images, w.config.decoder_dim, w.config.patches());
-        let masks = Masks::new(&w);
-        let inp = random(&[images, 1 + w.kept(), dim]);
-        let (mask_token, pos_embed) = (random(&[dim]), random(&[1 + patches, dim]));
-        let mut out = zeros(DType::F32, &[images * (1 + w.kept()) + patches, dim]);
+        let masks = Masks::new(bench, &w);
+        let inp = bench.random(dtype, &[images, 1 + w.kept(), dim]);
+        let (mask_token, pos_embed) =
+            (bench.random(dtype, &[dim]), bench.random(dtype, &[1 + patches, dim]));
+        let mut out = bench.zeros(dtype, &[images * (1 + w.kept()) + patches, dim]);
         let work = bytes(&[&inp, &pos_embed, &out]);
-        time(criterion, "add_positions", "forward", w.name, work, || {
+        bench.time("add_positions", "forward", w.name, work, || {
             add_positions::forward(
                 &dev,
                 Forward {
@@ -27,11 +26,11 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                 },
             )
         });
-        let grad_fill = random(&[patches, dim]);
-        let mut grad_mask_token = zeros(DType::F32, &[dim]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(&dev, patches, dim)]);
+        let grad_fill = bench.random(dtype, &[patches, dim]);
+        let mut grad_mask_token = bench.zeros(dtype.wide(), &[dim]);
+        let mut workspace = bench.workspace(workspace_bytes(&dev, patches, dim));
         let work = bytes(&[&grad_fill]);
-        time(criterion, "add_positions", "backward", w.name, work, || {
+        bench.time("add_positions", "backward", w.name, work, || {
             add_positions::backward(
                 &dev,
                 Backward {

@@ -1,21 +1,20 @@
-//! Casts of as many numbers as the small network has parameters, and as one block of ViT-B's encoder has.
+//! Casts of as many numbers as a network has parameters, or a block of it.
 
-use criterion::Criterion;
+use pixmim::DType;
 use pixmim::ops::cast::{self, Forward};
-use pixmim::{DType, Device};
 
-use crate::adamw::sizes;
-use crate::{bytes, random, time, zeros};
+use crate::{Bench, bytes};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    let dev = Device::cpu();
-    for (name, elems) in sizes() {
-        let mut wide = random(&[elems]);
-        let mut narrow = zeros(DType::Bf16, &[elems]);
-        time(criterion, "cast", "f32 to bf16", name, bytes(&[&wide, &narrow]), || {
+pub(crate) fn bench(bench: &mut Bench) {
+    let dev = bench.dev.clone();
+    for (name, elems) in bench.parameters() {
+        let mut wide = bench.random(DType::F32, &[elems]);
+        let mut narrow = bench.zeros(DType::Bf16, &[elems]);
+        let work = bytes(&[&wide, &narrow]);
+        bench.time("cast", "f32 to bf16", name, work.clone(), || {
             cast::forward(&dev, Forward { out: narrow.view_mut(), inp: wide.view() })
         });
-        time(criterion, "cast", "bf16 to f32", name, bytes(&[&wide, &narrow]), || {
+        bench.time("cast", "bf16 to f32", name, work, || {
             cast::forward(&dev, Forward { out: wide.view_mut(), inp: narrow.view() })
         });
     }

@@ -1,20 +1,18 @@
 //! The masked patches' tokens at the decoder's end.
 
-use criterion::Criterion;
 use pixmim::ops::gather_tokens::{self, Backward, Forward};
-use pixmim::{DType, Device};
 
-use crate::{Masks, WORKLOADS, bytes, random, time, zeros};
+use crate::{Bench, Masks, bytes};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    let dev = Device::cpu();
-    for w in WORKLOADS {
+pub(crate) fn bench(bench: &mut Bench) {
+    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
+    for w in bench.workloads.clone() {
         let (images, dim, patches) = (w.images, w.config.decoder_dim, w.config.patches());
-        let masks = Masks::new(&w);
-        let inp = random(&[images, 1 + patches, dim]);
-        let mut out = zeros(DType::F32, &[images, patches - w.kept(), dim]);
+        let masks = Masks::new(bench, &w);
+        let inp = bench.random(dtype, &[images, 1 + patches, dim]);
+        let mut out = bench.zeros(dtype, &[images, patches - w.kept(), dim]);
         let work = bytes(&[&out, &out]);
-        time(criterion, "gather_tokens", "forward", w.name, work, || {
+        bench.time("gather_tokens", "forward", w.name, work, || {
             gather_tokens::forward(
                 &dev,
                 Forward {
@@ -24,10 +22,10 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                 },
             )
         });
-        let grad_out = random(&[images, patches - w.kept(), dim]);
-        let mut grad_inp = zeros(DType::F32, &[images, 1 + patches, dim]);
+        let grad_out = bench.random(dtype, &[images, patches - w.kept(), dim]);
+        let mut grad_inp = bench.zeros(dtype, &[images, 1 + patches, dim]);
         let work = bytes(&[&grad_out, &grad_inp]);
-        time(criterion, "gather_tokens", "backward", w.name, work, || {
+        bench.time("gather_tokens", "backward", w.name, work, || {
             gather_tokens::backward(
                 &dev,
                 Backward {

@@ -1,20 +1,20 @@
-//! Norm of as many gradients as the small network has, and as one block of ViT-B's encoder has.
+//! Norm of as many gradients as a network has, or a block of it.
 
-use criterion::Criterion;
+use pixmim::DType;
 use pixmim::ops::grad_norm::{self, Forward, workspace_bytes};
-use pixmim::{DType, Device};
 
-use crate::adamw::sizes;
-use crate::{bytes, random, time, zeros};
+use crate::{Bench, bytes};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    for (name, elems) in sizes() {
-        let grad = random(&[elems]);
-        let mut norm = zeros(DType::F32, &[1]);
-        let mut workspace = zeros(DType::U8, &[workspace_bytes(&Device::cpu(), elems)]);
-        time(criterion, "grad_norm", "forward", name, bytes(&[&grad]), || {
+pub(crate) fn bench(bench: &mut Bench) {
+    let dev = bench.dev.clone();
+    for (name, elems) in bench.parameters() {
+        let grad = bench.random(DType::F32, &[elems]);
+        let mut norm = bench.zeros(DType::F32, &[1]);
+        let mut workspace = bench.workspace(workspace_bytes(&dev, elems));
+        let work = bytes(&[&grad]);
+        bench.time("grad_norm", "forward", name, work, || {
             grad_norm::forward(
-                &Device::cpu(),
+                &dev,
                 Forward {
                     norm: norm.view_mut(),
                     grad: grad.view(),

@@ -1,27 +1,30 @@
 //! From bytes to patches: with the pixels of the whole crop (PixMIM), and with the masked patches (MAE).
 
-use criterion::Criterion;
 use pixmim::ops::input::{self, Forward, GEOMETRY_FIELDS, Target};
-use pixmim::{DType, Device, TensorRef};
+use pixmim::{DType, Device};
 
 use crate::workload::{Images, MEAN_STD};
-use crate::{Masks, WORKLOADS, bytes, time, zeros};
+use crate::{Bench, Masks, bytes};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    for w in WORKLOADS {
-        let (masks, images) = (Masks::new(&w), Images::new(&w));
+pub(crate) fn bench(bench: &mut Bench) {
+    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
+    for w in bench.workloads.clone() {
+        let (masks, images) = (Masks::new(bench, &w), Images::new(&w));
         let (numbers, side) = (w.config.patch_numbers(), w.config.image_size);
-        let mut patches = zeros(DType::F32, &[w.images, w.kept(), numbers]);
-        let mut target = zeros(DType::F32, &[w.images, w.config.patches() - w.kept(), numbers]);
-        let mut pixels = zeros(DType::F32, &[w.images, 3, side, side]);
-        let source = zeros(DType::U8, &[images.pixels.len()]);
+        let mut patches = bench.zeros(dtype, &[w.images, w.kept(), numbers]);
+        let shape = [w.images, w.config.patches() - w.kept(), numbers];
+        let mut target = bench.zeros(dtype.wide(), &shape);
+        let pixel_dtype = if let Device::Cuda(_) = dev { DType::U8 } else { dtype };
+        let mut pixels = bench.zeros(pixel_dtype, &[w.images, 3, side, side]);
+        let source = bench.holding(&images.pixels, &[images.pixels.len()]);
+        let geometry = bench.holding(&images.geometry, &[w.images, GEOMETRY_FIELDS]);
         for (what, work) in [
             ("filtered", bytes(&[&source, &patches, &pixels])),
             ("raw", bytes(&[&source, &patches, &target])),
         ] {
-            time(criterion, "input", what, w.name, work, || {
+            bench.time("input", what, w.name, work, || {
                 input::forward(
-                    &Device::cpu(),
+                    &dev,
                     Forward {
                         patches: patches.view_mut(),
                         target: match what {
@@ -31,8 +34,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                                 ids_masked: masks.ids_masked.view(),
                             },
                         },
-                        images: TensorRef::new(&images.pixels, &[images.pixels.len()])?,
-                        geometry: TensorRef::new(&images.geometry, &[w.images, GEOMETRY_FIELDS])?,
+                        images: source.view(),
+                        geometry: geometry.view(),
                         ids_keep: masks.ids_keep.view(),
                         mean: MEAN_STD.0,
                         std: MEAN_STD.1,

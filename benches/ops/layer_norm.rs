@@ -1,14 +1,12 @@
 //! The layer norms of a block of the encoder and of the decoder.
 
-use criterion::Criterion;
 use pixmim::ops::layer_norm::{self, Backward, Forward, workspace_bytes};
-use pixmim::{DType, Device};
 
-use crate::{WORKLOADS, bytes, random, time, zeros};
+use crate::{Bench, bytes};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    let dev = Device::cpu();
-    for w in WORKLOADS {
+pub(crate) fn bench(bench: &mut Bench) {
+    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
+    for w in bench.workloads.clone() {
         for (stack, tokens, dim) in [
             ("encoder", 1 + w.kept(), w.config.dim),
             ("decoder", 1 + w.config.patches(), w.config.decoder_dim),
@@ -16,11 +14,16 @@ pub(crate) fn bench(criterion: &mut Criterion) {
             let shape = format!("{} {stack}", w.name);
             let rows = [w.images, tokens];
             let full = [w.images, tokens, dim];
-            let (inp, weight, bias) = (random(&full), random(&[dim]), random(&[dim]));
-            let mut out = zeros(DType::F32, &full);
-            let (mut mean, mut rstd) = (zeros(DType::F32, &rows), zeros(DType::F32, &rows));
+            let (inp, weight, bias) = (
+                bench.random(dtype, &full),
+                bench.random(dtype, &[dim]),
+                bench.random(dtype, &[dim]),
+            );
+            let mut out = bench.zeros(dtype, &full);
+            let (mut mean, mut rstd) =
+                (bench.zeros(dtype.wide(), &rows), bench.zeros(dtype.wide(), &rows));
             let work = bytes(&[&inp, &out, &mean, &rstd]);
-            time(criterion, "layer_norm", "forward", &shape, work, || {
+            bench.time("layer_norm", "forward", &shape, work, || {
                 layer_norm::forward(
                     &dev,
                     Forward {
@@ -34,17 +37,15 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                     },
                 )
             });
-            let grad_out = random(&full);
-            let mut grad_inp = zeros(DType::F32, &full);
-            let mut grad_weight = zeros(DType::F32, &[dim]);
-            let mut grad_bias = zeros(DType::F32, &[dim]);
-            let mut workspace = zeros(
-                DType::U8,
-                &[workspace_bytes(&Device::cpu(), DType::F32, w.images * tokens, dim)],
-            );
+            let grad_out = bench.random(dtype, &full);
+            let mut grad_inp = bench.zeros(dtype, &full);
+            let mut grad_weight = bench.zeros(dtype.wide(), &[dim]);
+            let mut grad_bias = bench.zeros(dtype.wide(), &[dim]);
+            let mut workspace =
+                bench.workspace(workspace_bytes(&dev, dtype, w.images * tokens, dim));
             // `grad_inp` accumulates: it is read and written.
             let work = bytes(&[&inp, &grad_out, &grad_inp, &grad_inp, &mean, &rstd]);
-            time(criterion, "layer_norm", "backward", &shape, work, || {
+            bench.time("layer_norm", "backward", &shape, work, || {
                 layer_norm::backward(
                     &dev,
                     Backward {

@@ -1,33 +1,34 @@
 //! The widest layers of a block: the first of the MLP with its GELU, the second with its residual.
 
-use criterion::Criterion;
-use pixmim::DType;
-use pixmim::ops::linear::{self, Backward, Epilogue, Forward, GradInput};
+use pixmim::ops::linear::{self, Backward, Epilogue, Forward, GradInput, workspace_bytes};
 
-use crate::{PRODUCTS, WORKLOADS, flops, random, time, zeros};
+use crate::{Bench, PRECISIONS, products};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    for w in WORKLOADS {
+pub(crate) fn bench(bench: &mut Bench) {
+    for w in bench.workloads.clone() {
         for (stack, tokens, dim) in [
             ("encoder", 1 + w.kept(), w.config.dim),
             ("decoder", 1 + w.config.patches(), w.config.decoder_dim),
         ] {
             let (rows, hidden) = (w.images * tokens, w.config.mlp_ratio * dim);
             for (layer, inputs, outputs) in [("fc1", dim, hidden), ("fc2", hidden, dim)] {
-                let shape = format!("{} {stack} {layer}", w.name);
-                let inp = random(&[rows, inputs]);
-                let (weight, bias) = (random(&[outputs, inputs]), random(&[outputs]));
-                let residual = random(&[rows, outputs]);
-                let mut pre = zeros(DType::F32, &[rows, outputs]);
-                let mut out = zeros(DType::F32, &[rows, outputs]);
-                let mut grad_inp = zeros(DType::F32, &[rows, inputs]);
-                let mut grad_weight = zeros(DType::F32, &[outputs, inputs]);
-                let mut grad_bias = zeros(DType::F32, &[outputs]);
-                let mut workspace = zeros(DType::U8, &[0]);
-                for (products, dev) in PRODUCTS {
-                    let what = format!("forward {products}");
-                    let work = flops(1, rows, inputs, outputs);
-                    time(criterion, "linear", &what, &shape, work, || {
+                for (name, precision) in PRECISIONS {
+                    let (dev, dtype) = precision.on(&bench.dev);
+                    let shape = format!("{} {stack} {layer}", w.name);
+                    let inp = bench.random(dtype, &[rows, inputs]);
+                    let weight = bench.random(dtype, &[outputs, inputs]);
+                    let bias = bench.random(dtype, &[outputs]);
+                    let residual = bench.random(dtype, &[rows, outputs]);
+                    let mut pre = bench.zeros(dtype, &[rows, outputs]);
+                    let mut out = bench.zeros(dtype, &[rows, outputs]);
+                    let mut grad_inp = bench.zeros(dtype, &[rows, inputs]);
+                    let mut grad_weight = bench.zeros(dtype.wide(), &[outputs, inputs]);
+                    let mut grad_bias = bench.zeros(dtype.wide(), &[outputs]);
+                    let mut workspace = bench.workspace(workspace_bytes(&dev, rows, outputs));
+                    let size = [rows, inputs, outputs];
+                    // `pre` written or `residual` read.
+                    let work = products(1, size, &[&inp, &weight, &out, &pre]);
+                    bench.time("linear", &format!("forward {name}"), &shape, work, || {
                         linear::forward(
                             &dev,
                             Forward {
@@ -42,9 +43,12 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                             },
                         )
                     });
-                    let what = format!("backward {products}");
-                    let work = flops(2, rows, inputs, outputs);
-                    time(criterion, "linear", &what, &shape, work, || {
+                    let mut passes = vec![&inp, &residual, &weight, &grad_inp];
+                    passes.extend([&grad_weight; 2]);
+                    // The layer's input before its GELU, for whose slope `inp` stands in.
+                    passes.extend((layer == "fc2").then_some(&inp));
+                    let work = products(2, size, &passes);
+                    bench.time("linear", &format!("backward {name}"), &shape, work, || {
                         linear::backward(
                             &dev,
                             Backward {

@@ -1,30 +1,30 @@
 //! Embedding of the kept patches.
 
-use criterion::Criterion;
 use pixmim::ops::patch_embed::{self, Backward, Forward, workspace_bytes};
-use pixmim::{DType, Device};
 
-use crate::{Masks, PRODUCTS, WORKLOADS, flops, random, time, zeros};
+use crate::{Bench, Masks, PRECISIONS, products};
 
-pub(crate) fn bench(criterion: &mut Criterion) {
-    for w in WORKLOADS {
+pub(crate) fn bench(bench: &mut Bench) {
+    for w in bench.workloads.clone() {
         let (images, kept) = (w.images, w.kept());
         let (dim, numbers) = (w.config.dim, w.config.patch_numbers());
-        let masks = Masks::new(&w);
-        let patches = random(&[images, kept, numbers]);
-        let (weight, bias) = (random(&[dim, numbers]), random(&[dim]));
-        let (cls_token, pos_embed) = (random(&[dim]), random(&[1 + w.config.patches(), dim]));
-        let mut out = zeros(DType::F32, &[images, 1 + kept, dim]);
-        let grad_out = random(&[images, 1 + kept, dim]);
-        let mut grad_weight = zeros(DType::F32, &[dim, numbers]);
-        let mut grad_bias = zeros(DType::F32, &[dim]);
-        let mut grad_cls_token = zeros(DType::F32, &[dim]);
-        let mut workspace =
-            zeros(DType::U8, &[workspace_bytes(&Device::cpu(), DType::F32, images, kept, dim)]);
-        let work = || flops(1, images * kept, numbers, dim);
-        for (products, dev) in PRODUCTS {
-            let what = format!("forward {products}");
-            time(criterion, "patch_embed", &what, w.name, work(), || {
+        let masks = Masks::new(bench, &w);
+        for (name, precision) in PRECISIONS {
+            let (dev, dtype) = precision.on(&bench.dev);
+            let patches = bench.random(dtype, &[images, kept, numbers]);
+            let weight = bench.random(dtype, &[dim, numbers]);
+            let bias = bench.random(dtype, &[dim]);
+            let cls_token = bench.random(dtype, &[dim]);
+            let pos_embed = bench.random(dtype, &[1 + w.config.patches(), dim]);
+            let mut out = bench.zeros(dtype, &[images, 1 + kept, dim]);
+            let grad_out = bench.random(dtype, &[images, 1 + kept, dim]);
+            let mut grad_weight = bench.zeros(dtype.wide(), &[dim, numbers]);
+            let mut grad_bias = bench.zeros(dtype.wide(), &[dim]);
+            let mut grad_cls_token = bench.zeros(dtype.wide(), &[dim]);
+            let mut workspace = bench.workspace(workspace_bytes(&dev, dtype, images, kept, dim));
+            let size = [images * kept, numbers, dim];
+            let work = products(1, size, &[&patches, &weight, &pos_embed, &out]);
+            bench.time("patch_embed", &format!("forward {name}"), w.name, work, || {
                 patch_embed::forward(
                     &dev,
                     Forward {
@@ -39,8 +39,8 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                     },
                 )
             });
-            let what = format!("backward {products}");
-            time(criterion, "patch_embed", &what, w.name, work(), || {
+            let work = products(1, size, &[&patches, &grad_out, &grad_weight, &grad_weight]);
+            bench.time("patch_embed", &format!("backward {name}"), w.name, work, || {
                 patch_embed::backward(
                     &dev,
                     Backward {

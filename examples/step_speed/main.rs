@@ -1,31 +1,39 @@
 //! Times the training step on images in memory: input, low-pass target, masking, forward, loss, backward, AdamW.
-//! `scripts/compare-cpu` runs it in turn with the same step in PyTorch. Prints one line:
-//! `images_per_s=… ms_per_step=… peak_rss_mib=… loss=…`, medians over the steps.
+//! `scripts/compare-cpu` runs it in turn with the same step in PyTorch. Prints one line of `key=value`, or with `--csv` a
+//! line of names and one of values; times are medians over the steps.
 
-#[expect(dead_code, reason = "names are for the benches")]
 mod workload;
 
 use std::time::Instant;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, ValueEnum};
-use pixmim::{Products, Result};
-use workload::{Images, SMALL64, VIT_B, Workload};
+use pixmim::{Device, Error, Result};
+use workload::{Images, Precision, SMALL64, TINY, VIT_B, VIT_L, Workload};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Size {
+    /// Image 32, patch 8, encoder 64 x 2 x 2, decoder 48 x 2 x 3, batch 2: for --device simt.
+    Tiny,
     /// Image 64, patch 8, encoder 192 x 6 x 3, decoder 96 x 2 x 3, batch 64.
     Small64,
     /// ViT-B/16 at 224, decoder 512 x 8 x 16, batch 8.
     #[value(name = "vit_b")]
     VitB,
+    /// ViT-L/16 at 224, decoder 512 x 8 x 16, batch 8.
+    #[value(name = "vit_l")]
+    VitL,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Precision {
-    /// f32 products.
-    F32,
-    /// bf16 products, f32 sums.
-    Bf16,
+impl Size {
+    fn workload(self) -> Workload {
+        match self {
+            Self::Tiny => TINY,
+            Self::Small64 => SMALL64,
+            Self::VitB => VIT_B,
+            Self::VitL => VIT_L,
+        }
+    }
 }
 
 /// Times the training step.
@@ -34,56 +42,115 @@ struct Cli {
     /// The network and its batch.
     #[arg(long, value_enum, default_value = "small64")]
     size: Size,
-    /// Precision of matrix products.
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    /// Where it runs; auto: on a GPU where there is one.
+    #[arg(long, default_value = "cpu")]
+    #[arg(value_parser = PossibleValuesParser::new(["auto", "cpu", "cuda", "simt"]))]
+    device: String,
+    /// Precision of matrix products; on a GPU of all that is computed.
+    #[arg(long, value_parser = PossibleValuesParser::new(["f32", "bf16"]), default_value = "f32")]
+    precision: String,
+    /// Images of an update [default: the micro-batch].
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Images at a time [default: as the size has; on a GPU up to 1024, as many as fit].
+    #[arg(long)]
+    micro_batch: Option<usize>,
     /// Steps that are timed.
     #[arg(long, default_value_t = 10)]
     steps: usize,
-    /// Steps before those.
+    /// Steps before those. A GPU plans its products in the first, and records the step in the second.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
     /// Threads that compute; 0: one for each core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Print comma-separated values.
+    #[arg(long)]
+    csv: bool,
 }
 
-#[expect(clippy::print_stdout, reason = "its one line of output")]
+/// What was measured: seconds of each step, and the last one's loss.
+struct Measured {
+    workload: Workload,
+    micro_batches: usize,
+    seconds: Vec<f64>,
+    loss: f64,
+    memory_bytes: usize,
+}
+
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let workload = match cli.size {
-        Size::Small64 => SMALL64,
-        Size::VitB => VIT_B,
-    };
+    let dev = workload::device(&cli.device)?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads).build();
-    let pool = pool.map_err(|error| pixmim::Error::invalid("threads", error.to_string()))?;
-    let (times, loss) = pool.install(|| time(&cli, &workload))?;
-    let mut sorted = times;
-    sorted.sort_by(f64::total_cmp);
-    let median = sorted[sorted.len() / 2];
-    println!(
-        "images_per_s={:.2} ms_per_step={:.3} peak_rss_mib={} loss={loss:.4}",
-        workload.images as f64 / median,
-        1e3 * median,
-        peak_rss_mib()
-    );
+    let pool = pool.map_err(|error| Error::invalid("threads", error.to_string()))?;
+    let measured = pool.install(|| time(&cli, &dev))?;
+    print(&cli, &dev, measured);
     Ok(())
 }
 
-fn time(cli: &Cli, workload: &Workload) -> Result<(Vec<f64>, f64)> {
-    let products = if cli.precision == Precision::F32 { Products::F32 } else { Products::Bf16 };
-    let mut trainer = workload.trainer(products)?;
-    let images = Images::new(workload);
-    let mut times = Vec::new();
-    let mut loss = f64::NAN;
+fn time(cli: &Cli, dev: &Device) -> Result<Measured> {
+    let precision = if cli.precision == "f32" { Precision::F32 } else { Precision::Bf16 };
+    let (dev, dtype) = precision.on(dev);
+    let mut workload = cli.size.workload();
+    workload.images = cli.micro_batch.or(cli.batch).unwrap_or(workload.images).max(1);
+    let mut trainer = match (&dev, cli.micro_batch, cli.size) {
+        (Device::Cuda(_), None, Size::VitB | Size::VitL) => {
+            let trainer;
+            let most = cli.batch.unwrap_or(1024);
+            (workload, trainer) = workload.fitting(most, &dev, dtype)?;
+            trainer
+        }
+        _ => workload.trainer(&dev, dtype)?,
+    };
+    let batch = cli.batch.unwrap_or(workload.images);
+    if batch == 0 || !batch.is_multiple_of(workload.images) {
+        let why = format!("is {batch}; choose a multiple of the micro-batch, {}", workload.images);
+        return Err(Error::invalid("batch", why));
+    }
+    let micro_batches = batch / workload.images;
+    let images = Images::new(&workload);
+    let (mut seconds, mut loss) = (Vec::new(), f64::NAN);
     for epoch in 0..cli.warmup + cli.steps.max(1) {
         let start = Instant::now();
-        loss = workload::step(&mut trainer, &images, epoch as u32)?.loss;
+        loss = workload::step(&mut trainer, &images, micro_batches, epoch as u32)?.loss;
         if epoch >= cli.warmup {
-            times.push(start.elapsed().as_secs_f64());
+            seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok((times, loss))
+    let memory_bytes = trainer.memory_bytes();
+    Ok(Measured { workload, micro_batches, seconds, loss, memory_bytes })
+}
+
+#[expect(clippy::print_stdout, reason = "its output")]
+fn print(cli: &Cli, dev: &Device, measured: Measured) {
+    let Measured { workload, micro_batches, mut seconds, loss, memory_bytes } = measured;
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[seconds.len() / 2];
+    let batch = micro_batches * workload.images;
+    let device = match dev {
+        Device::Cuda(gpu) => gpu.properties().name.replace([' ', ','], "_"),
+        _ => "cpu".into(),
+    };
+    let (_, commit) = pixmim::VERSION.split_once("git ").unwrap_or_default();
+    let values = [
+        ("size", workload.name.to_owned()),
+        ("precision", cli.precision.clone()),
+        ("batch", batch.to_string()),
+        ("micro_batch", workload.images.to_string()),
+        ("images_per_s", format!("{:.2}", batch as f64 / median)),
+        ("ms_per_step", format!("{:.3}", 1e3 * median)),
+        ("memory_mib", (memory_bytes >> 20).to_string()),
+        ("peak_rss_mib", peak_rss_mib().to_string()),
+        ("loss", format!("{loss:.4}")),
+        ("device", device),
+        ("commit", commit.trim_end_matches(')').to_owned()),
+    ];
+    if cli.csv {
+        println!("{}", values.each_ref().map(|(name, _)| *name).join(","));
+        println!("{}", values.map(|(_, value)| value).join(","));
+    } else {
+        println!("{}", values.map(|(name, value)| format!("{name}={value}")).join(" "));
+    }
 }
 
 /// Most memory this process had at once, from `/proc`; 0 where there is none.

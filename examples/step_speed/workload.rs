@@ -1,17 +1,35 @@
-//! The two training steps whose speed is measured, by this example and by `benches/`.
+//! The training steps whose speed is measured, and the devices, for this example and for `benches/`.
 
 use pixmim::model::MaeConfig;
 use pixmim::ops::random_masking;
 use pixmim::rng::{Purpose, Stream};
 use pixmim::train::step::{MicroBatch, Outcome, Settings, Trainer};
-use pixmim::{Cpu, DType, Device, Products, Result};
+use pixmim::{Cpu, DType, Device, Error, Gpu, Products, Result};
 
-/// A network and its batch.
+/// A network and its micro-batch.
+#[derive(Clone, Copy)]
 pub(crate) struct Workload {
     pub(crate) name: &'static str,
     pub(crate) config: MaeConfig,
     pub(crate) images: usize,
 }
+
+/// Image 32, patch 8, encoder 64 x 2 x 2, decoder 48 x 2 x 3, batch 2: as much as the host executor runs in no time.
+pub(crate) const TINY: Workload = Workload {
+    name: "tiny",
+    config: MaeConfig {
+        image_size: 32,
+        patch_size: 8,
+        dim: 64,
+        depth: 2,
+        heads: 2,
+        decoder_dim: 48,
+        decoder_depth: 2,
+        decoder_heads: 3,
+        mlp_ratio: 2,
+    },
+    images: 2,
+};
 
 /// Image 64, patch 8, encoder 192 x 6 x 3, decoder 96 x 2 x 3, batch 64: the preset `demo`.
 pub(crate) const SMALL64: Workload = Workload {
@@ -32,6 +50,9 @@ pub(crate) const SMALL64: Workload = Workload {
 /// ViT-B/16 at 224, decoder 512 x 8 x 16, batch 8.
 pub(crate) const VIT_B: Workload =
     Workload { name: "vit_b", config: MaeConfig::VIT_BASE_PATCH16, images: 8 };
+/// ViT-L/16 at 224, decoder 512 x 8 x 16, batch 8.
+pub(crate) const VIT_L: Workload =
+    Workload { name: "vit_l", config: MaeConfig::VIT_LARGE_PATCH16, images: 8 };
 
 /// Mean and standard deviation of ImageNet's colours.
 pub(crate) const MEAN_STD: ([f64; 3], [f64; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
@@ -47,7 +68,7 @@ impl Workload {
         40.0 * self.config.image_size as f64 / 224.0
     }
 
-    pub(crate) fn trainer(&self, products: Products) -> Result<Trainer> {
+    pub(crate) fn trainer(&self, dev: &Device, dtype: DType) -> Result<Trainer> {
         let settings = Settings {
             micro_batch: self.images,
             radius: Some(self.radius()),
@@ -64,7 +85,55 @@ impl Workload {
             seed: 0,
             record: true,
         };
-        Trainer::new(Device::Cpu(Cpu { products }), self.config, DType::F32, settings)
+        Trainer::new(dev.clone(), self.config, dtype, settings)
+    }
+
+    /// The same on a GPU, with the largest micro-batch from `most` down by halves that fits into its memory.
+    pub(crate) fn fitting(
+        &self,
+        most: usize,
+        dev: &Device,
+        dtype: DType,
+    ) -> Result<(Self, Trainer)> {
+        let workload = Self { images: most, ..*self };
+        match workload.trainer(dev, dtype) {
+            Err(Error::Invalid { .. }) if most > 1 => self.fitting(most / 2, dev, dtype),
+            made => Ok((workload, made?)),
+        }
+    }
+}
+
+/// Precision of a step: that of matrix products on the CPU, that of activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Precision {
+    F32,
+    Bf16,
+}
+
+impl Precision {
+    /// The device as it computes in this precision, and what its tensors hold.
+    pub(crate) fn on(self, dev: &Device) -> (Device, DType) {
+        match (dev, self) {
+            (Device::Cuda(_), Self::Bf16) => (dev.clone(), DType::Bf16),
+            (Device::Cuda(_), Self::F32) => (dev.clone(), DType::F32),
+            (_, Self::Bf16) => (Device::Cpu(Cpu { products: Products::Bf16 }), DType::F32),
+            (_, Self::F32) => (Device::cpu(), DType::F32),
+        }
+    }
+}
+
+/// The device of this name: cpu, cuda, simt (the host executor), or auto, which is a GPU where there is one.
+pub(crate) fn device(name: &str) -> Result<Device> {
+    match name {
+        "cpu" => Ok(Device::cpu()),
+        "cuda" => Gpu::nvidia(0).map(Device::Cuda),
+        #[cfg(pixmim_simt)]
+        "simt" => Gpu::simt(pixmim::cuda::SimtOptions::default()).map(Device::Cuda),
+        "auto" => match Gpu::nvidia(0) {
+            Err(Error::NoDevice { .. }) => Ok(Device::cpu()),
+            gpu => gpu.map(Device::Cuda),
+        },
+        _ => Err(Error::invalid("device", format!("is {name}; choose auto, cpu, cuda or simt"))),
     }
 }
 
@@ -80,8 +149,10 @@ impl Images {
         let (side, images) = (workload.config.image_size, workload.images);
         let bytes = side * side * 3;
         let noise = Stream::new(1, 0, 0, Purpose::Augment);
+        // A thousand large images repeat themselves; to draw them all would take seconds.
+        let noise: Vec<u8> = (0..1 << 20).map(|i| noise.word(i) as u8).collect();
         Self {
-            pixels: (0..images * bytes).map(|i| noise.word(i as u32) as u8).collect(),
+            pixels: noise.into_iter().cycle().take(images * bytes).collect(),
             geometry: (0..images)
                 .flat_map(|i| [(i * bytes) as i64, side as i64, side as i64, 0, 0, (i % 2) as i64])
                 .collect(),
@@ -90,10 +161,18 @@ impl Images {
     }
 }
 
-/// Input, low-pass target, masking, forward, loss, backward, AdamW.
-pub(crate) fn step(trainer: &mut Trainer, images: &Images, epoch: u32) -> Result<Outcome> {
+/// Input, low-pass target, masking, forward, loss, backward, AdamW: `micro_batches` times the images.
+pub(crate) fn step(
+    trainer: &mut Trainer,
+    images: &Images,
+    micro_batches: usize,
+    epoch: u32,
+) -> Result<Outcome> {
     let Images { pixels, geometry, samples } = images;
     trainer.clear()?;
-    trainer.accumulate(MicroBatch { images: pixels, geometry, samples, epoch }, 1)?;
+    for _ in 0..micro_batches {
+        trainer
+            .accumulate(MicroBatch { images: pixels, geometry, samples, epoch }, micro_batches)?;
+    }
     trainer.update(1e-4)
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""One PixMIM-on-MAE training step in PyTorch on the CPU: the peer that scripts/compare-cpu measures.
+"""One PixMIM-on-MAE training step in PyTorch: the peer that scripts/compare-cpu measures on the CPU, and benches/peers/gpu.py
+on a GPU.
 
 The step starts from uint8 images in memory and ends with updated weights: normalise, low-pass target,
 random masking, encoder on the kept tokens, decoder, norm_pix loss on the masked tokens, backward, AdamW.
@@ -165,7 +166,7 @@ class Mae(nn.Module):
         n, tokens = noise.shape
         kept = int(tokens * (1 - size.mask_ratio))
         shuffle = noise.argsort(1)
-        row = torch.arange(n)[:, None]
+        row = torch.arange(n, device=noise.device)[:, None]
 
         x = patches(images, size.patch, "crw")[row, shuffle[:, :kept]]
         x = self.patch_embed(x) + self.position[1:][shuffle[:, :kept]]
@@ -202,16 +203,17 @@ def adamw(model, lr):
 class Trainer:
     """The step: everything between uint8 images and updated weights."""
 
-    def __init__(self, size, lr, precision="f32", compiled=False):
-        self.model = Mae(size)
+    def __init__(self, size, lr, precision="f32", compiled=False, device="cpu", compile_mode=None):
+        self.device = device
+        self.model = Mae(size).to(device)
         self.optimizer = adamw(self.model, lr)
-        self.loss = torch.compile(self.model) if compiled else self.model
+        self.loss = torch.compile(self.model, mode=compile_mode) if compiled else self.model
         self.autocast = (
-            torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+            torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         )
         dtype = torch.get_default_dtype()
-        self.mean, self.std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
-        self.keep = None if size.radius is None else low_pass_filter(size.image, size.radius)
+        self.mean, self.std = (torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in (MEAN, STD))
+        self.keep = None if size.radius is None else low_pass_filter(size.image, size.radius).to(device)
 
     def forward(self, images, noise):
         """Loss of images in [0, 1]. The filter runs in full precision, and outside of what is compiled:
@@ -229,7 +231,7 @@ class Trainer:
 
     def step(self, pixels):
         """One step on uint8 images (N, 3, H, W); returns the loss."""
-        noise = torch.rand(pixels.shape[0], self.model.size.grid**2)
+        noise = torch.rand(pixels.shape[0], self.model.size.grid**2, device=self.device)
         loss = self.forward(pixels.float().div_(255), noise)
         self.update(loss)
         return loss.item()

@@ -1,10 +1,16 @@
 //! What the tests of the kernels share: the devices, inputs and guarded outputs on them, comparisons.
 
+use std::sync::OnceLock;
+
 use half::bf16;
 use pixmim::cuda::SimtOptions;
 use pixmim::dtype::Element;
 use pixmim::rng::{Purpose, Stream};
 use pixmim::{DType, Device, Gpu, Tensor, TensorMut, TensorRef};
+
+#[path = "../shared/masks.rs"]
+mod masks;
+pub(crate) use masks::masks;
 
 /// Whether the tests were asked to run on a real GPU.
 pub(crate) fn is_real() -> bool {
@@ -15,15 +21,21 @@ fn simt(seed: u32) -> Device {
     Device::Cuda(Gpu::simt(SimtOptions { seed, ..SimtOptions::default() }).unwrap())
 }
 
+/// The real GPU. All tests share it, as each opening loads all kernels.
+fn nvidia() -> Device {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    Device::Cuda(GPU.get_or_init(|| Gpu::nvidia(0).unwrap()).clone())
+}
+
 /// The device under test.
 pub(crate) fn gpu() -> Device {
-    simt(0)
+    if is_real() { nvidia() } else { simt(0) }
 }
 
 /// Three schedules of the device under test: on the executor three orders of blocks, warps and lanes; on a real GPU,
 /// whose order nobody chooses, three runs.
 pub(crate) fn schedules() -> [Device; 3] {
-    [0, 1, 7].map(simt)
+    [0, 1, 7].map(|seed| if is_real() { nvidia() } else { simt(seed) })
 }
 
 /// Runs under three schedules, the first of them twice, and asserts that no bit of the result changes.
@@ -77,32 +89,6 @@ pub(crate) fn uniform<T: Stored>(seed: u64, elems: usize) -> Vec<T> {
 pub(crate) fn normal<T: Stored>(seed: u64, elems: usize, mean: f64, std: f64) -> Vec<T> {
     let stream = stream(seed);
     (0..elems as u32).map(|i| T::round(mean + std * stream.normal(i))).collect()
-}
-
-/// Random masks: for each image a shuffle of its patches, cut into kept and masked ones, and its inverse.
-pub(crate) struct Masks {
-    pub(crate) keep: Vec<i32>,
-    pub(crate) masked: Vec<i32>,
-    pub(crate) restore: Vec<i32>,
-}
-
-pub(crate) fn masks(seed: u64, images: usize, patches: usize, kept: usize) -> Masks {
-    let mut masks = Masks { keep: vec![], masked: vec![], restore: vec![] };
-    for b in 0..images {
-        let stream = stream(seed << 32 | b as u64);
-        let mut shuffle: Vec<i32> = (0..patches as i32).collect();
-        for i in 1..patches {
-            shuffle.swap(i, stream.below(i as u32, i as u64 + 1) as usize);
-        }
-        let mut restore = vec![0; patches];
-        for (place, &patch) in shuffle.iter().enumerate() {
-            restore[patch as usize] = place as i32;
-        }
-        masks.keep.extend(&shuffle[..kept]);
-        masks.masked.extend(&shuffle[kept..]);
-        masks.restore.extend(restore);
-    }
-    masks
 }
 
 pub(crate) fn widen<T: Stored>(values: &[T]) -> Vec<f64> {
