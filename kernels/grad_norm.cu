@@ -47,6 +47,7 @@ DEV void partial(const GradNormPartial& p) {
 
 DEV void sum(const GradNormSum& p) {
   double x = 0;
+#pragma unroll 8
   for (int64_t i = threadIdx.x; i < p.count; i += blockDim.x) x += load(p.partials, i);
   const double total = block_sum(x);
   if (threadIdx.x == 0) store(p.norm, 0, (float)sqrt(total));

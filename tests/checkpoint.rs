@@ -15,7 +15,8 @@ use pixmim::train::checkpoint::{
 use pixmim::{Error, Result};
 use tempfile::TempDir;
 
-const FILES: [&str; 4] = ["MANIFEST", "model.safetensors", "optim.safetensors", "state.toml"];
+const FILES: [&str; 5] =
+    ["MANIFEST", "matmul-plans.bin", "model.safetensors", "optim.safetensors", "state.toml"];
 
 type Shape = (&'static str, &'static [usize]);
 
@@ -71,7 +72,8 @@ impl Values {
         };
         let [weights, frozen, exp_avg, exp_avg_sq] =
             [0, 1, 2, 3].map(|group| inputs(GROUPS[group], &self.groups[group]));
-        Contents { weights, frozen, exp_avg, exp_avg_sq, metadata, state }
+        let matmul_plans = (0..200).map(|i| (self.step + i) as u8).collect();
+        Contents { weights, frozen, exp_avg, exp_avg_sq, metadata, state, matmul_plans }
     }
 
     fn save(&self, run: &Path, keep_last: usize) -> Result<PathBuf> {
@@ -167,6 +169,7 @@ fn what_was_saved_is_loaded_to_the_bit() {
     let mut checkpoint = sound(run.path());
     assert_eq!(checkpoint.path, path);
     values.assert_in(&mut checkpoint);
+    assert_eq!(checkpoint.matmul_plans, values.contents().matmul_plans);
 
     let mut expected = values.contents().metadata;
     for (key, value) in
@@ -176,6 +179,16 @@ fn what_was_saved_is_loaded_to_the_bit() {
     }
     assert_eq!(*checkpoint.metadata(), expected);
     assert_eq!(names(&path), FILES);
+}
+
+#[test]
+fn without_plans_of_products_there_is_no_file_of_them() {
+    let run = run_folder();
+    let values = Values::new(5);
+    let contents = Contents { matmul_plans: Vec::new(), ..values.contents() };
+    let path = save(run.path(), &contents, 1).unwrap();
+    assert_eq!(names(&path), ["MANIFEST", "model.safetensors", "optim.safetensors", "state.toml"]);
+    assert!(sound(run.path()).matmul_plans.is_empty());
 }
 
 #[test]
@@ -446,6 +459,7 @@ fn a_checkpoint_of_format_1_loads_forever() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoint-v1");
     let mut checkpoint = Checkpoint::open(&path).unwrap();
     Values::new(12_000).assert_in(&mut checkpoint);
+    assert!(checkpoint.matmul_plans.is_empty());
     assert_eq!(checkpoint.metadata()["target"], "low_freq");
     assert_eq!(checkpoint.metadata()["format_version"], "1");
 }

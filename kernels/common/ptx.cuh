@@ -188,7 +188,14 @@ template <class T> class Global {
   DEV explicit Global(T* p) : p_(p) {}
   DEV Global operator+(int64_t i) const { return Global(p_ + i); }
   DEV explicit operator bool() const { return p_ != nullptr; }
-  DEV T* raw() const { return p_; }  // for cp.async and the wrappers below; kernels have no other use for it
+  // For cp.async and the wrappers below; kernels have no other use for it. A pointer chosen from two would else pass
+  // for a generic one, whose loads find out anew each time which memory they are of.
+  DEV T* raw() const {
+#ifdef __CUDACC__
+    __builtin_assume(__isGlobal(p_));
+#endif
+    return p_;
+  }
   template <class U> DEV Global<U> as() const { return Global<U>(reinterpret_cast<U*>(p_)); }
 };
 template <class T> DEV T load(Global<const T> p, int64_t i SITE) {

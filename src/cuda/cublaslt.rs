@@ -1,7 +1,10 @@
 //! Matrix products through cublasLt: one plan for each kind of product, made when it is first seen and kept.
 //!
-//! A plan pins the algorithm. cublasLt's own choice depends on how much memory is free, so left to itself it may change
-//! between two calls, and with it the bits of the result. Algorithms that are not deterministic are never chosen.
+//! A plan pins the algorithm, so that every step of a run, and of the run that goes on from it, gives the same bits.
+//! Algorithms that are not deterministic are never chosen. By default it is the one that cublasLt thinks best, which is the
+//! same in every run on the same GPU, driver and version. With `PIXMIM_MATMUL=timed` it is the fastest of those offered:
+//! some products gain, the first step takes longer, and since times of near equals vary, two runs may differ in their
+//! last bits.
 
 mod descriptors;
 mod export;
@@ -29,8 +32,8 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 pub(super) struct Plans {
     /// What the chosen algorithms hold for.
     identity: String,
-    /// Whether to take the first algorithm untimed.
-    take_first: bool,
+    /// Whether to time the algorithms; else the first is taken.
+    timed: bool,
     plans: HashMap<Problem, Plan>,
     /// Chosen by an earlier run.
     imported: Pinned,
@@ -47,12 +50,12 @@ struct Plan {
 impl Plans {
     /// For a GPU whose context is current.
     pub(super) fn new(gpu: &Gpu, found: &Found) -> Result<Self> {
-        let take_first = match std::env::var("PIXMIM_MATMUL") {
+        let timed = match std::env::var("PIXMIM_MATMUL") {
             Err(_) => false,
-            Ok(value) if value == "first" => true,
+            Ok(value) if value == "timed" => true,
             Ok(value) => {
                 let why = format!(
-                    "is `{value}`; `first` takes cublasLt's first algorithm, unset it to time them"
+                    "is `{value}`; `timed` takes the fastest algorithm, unset it for cublasLt's first"
                 );
                 return Err(Error::invalid("PIXMIM_MATMUL", why));
             }
@@ -60,7 +63,7 @@ impl Plans {
         let (name, driver, version) = (&gpu.name, found.driver, found.cublaslt.version);
         Ok(Self {
             identity: format!("{name}, driver {driver}, cublasLt {version}"),
-            take_first,
+            timed,
             plans: HashMap::new(),
             imported: Pinned::new(),
             workspace: Memory::new(WORKSPACE_BYTES, "the workspace of cublasLt")?,
@@ -125,15 +128,14 @@ impl Plans {
             if candidates.is_empty() {
                 continue;
             }
-            let chosen = if self.take_first {
-                0
-            } else {
+            let chosen = if self.timed {
                 timing::fastest(self, problem, &product, &candidates, stream)?
+            } else {
+                0
             };
             return Ok(Plan { product, algorithm: candidates[chosen] });
         }
-        let why =
-            format!("{problem}: cublasLt has no algorithm for it (CUBLAS_STATUS_NOT_SUPPORTED)");
+        let why = format!("{problem}: cublasLt has no algorithm for it");
         Err(Error::Gpu { action: "plan a product", why })
     }
 

@@ -97,7 +97,16 @@ impl Nvidia {
         if !gpu.is_new_enough() {
             return refuse(gpu.too_old().to_string());
         }
-        let context = Context::retain(ordinal)?;
+        let context = match Context::retain(ordinal) {
+            // Another process has it to itself, or has left no memory.
+            Err(Error::Gpu { why, .. }) => {
+                return refuse(format!(
+                    "{} does not open ({why}); see what `nvidia-smi` says",
+                    gpu.name
+                ));
+            }
+            context => context?,
+        };
         let stream = stream()?;
         if !context.owns(&stream)? {
             let why = format!("is not of the primary context of GPU {ordinal}; make it there");
@@ -136,6 +145,15 @@ impl Inner {
             sys::CUresult::CUDA_SUCCESS => Ok(()),
             _ => Err(Error::Gpu { action, why: self.suspects.explain(status) }),
         }
+    }
+
+    /// What is behind the error of a call that enqueues: work enqueued before, if that has failed.
+    fn blame(&self, error: Error) -> Error {
+        let Error::Gpu { action, .. } = error else { return error };
+        if matches!(self.stream.is_capturing(), Ok(true)) {
+            return error;
+        }
+        self.check(action, self.stream.synchronize()).err().unwrap_or(error)
     }
 
     /// Refuses what cannot be recorded before the driver would, which spoils the recording.
@@ -207,7 +225,7 @@ impl Driver for Nvidia {
         self.0.context.bind()?;
         self.0.expect_no_capture("copy from the host")?;
         let mut uploads = self.0.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        uploads.copy(dst.0, src, &self.0.stream)
+        uploads.copy(dst.0, src, &self.0.stream).map_err(|error| self.0.blame(error))
     }
 
     fn download(&self, dst: &mut [u8], src: DevPtr) -> Result<()> {
@@ -226,7 +244,7 @@ impl Driver for Nvidia {
             return Ok(());
         }
         self.0.context.bind()?;
-        within_gpu(dst.0, src.0, bytes, &self.0.stream)
+        within_gpu(dst.0, src.0, bytes, &self.0.stream).map_err(|error| self.0.blame(error))
     }
 
     fn clear(&self, dst: DevPtr, bytes: usize) -> Result<()> {
@@ -234,7 +252,7 @@ impl Driver for Nvidia {
             return Ok(());
         }
         self.0.context.bind()?;
-        copies::clear(dst.0, bytes, &self.0.stream)
+        copies::clear(dst.0, bytes, &self.0.stream).map_err(|error| self.0.blame(error))
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
@@ -247,7 +265,7 @@ impl Driver for Nvidia {
             return Ok(());
         }
         self.0.context.bind()?;
-        self.0.plans().run(matmul, &self.0.stream)?;
+        self.0.plans().run(matmul, &self.0.stream).map_err(|error| self.0.blame(error))?;
         self.0.suspects.push(PRODUCT);
         Ok(())
     }

@@ -123,6 +123,15 @@ impl Simt {
         Ok(Self { options, properties, recording: Mutex::new(None) })
     }
 
+    /// Refuses what a GPU cannot do while its work is recorded.
+    fn expect_no_recording(&self, action: &'static str) -> Result<()> {
+        let recording = self.recording.lock().unwrap_or_else(|poison| poison.into_inner());
+        match *recording {
+            Some(_) => Err(Error::Gpu { action, why: "its work is being recorded".into() }),
+            None => Ok(()),
+        }
+    }
+
     /// Runs a command, or records it.
     fn enqueue(&self, command: Command) -> Result<()> {
         let mut recording = self.recording.lock().unwrap_or_else(|poison| poison.into_inner());
@@ -273,6 +282,7 @@ impl Driver for Simt {
 
     #[expect(unsafe_code, reason = "the executor's own allocator")]
     fn alloc(&self, bytes: usize, what: &'static str) -> Result<DevPtr> {
+        self.expect_no_recording("allocate")?;
         let name = CString::new(what).expect("an arena's name has no zero byte");
         // SAFETY: the name is a C string; the executor copies it.
         let memory = unsafe { api::pixmim_simt_alloc(bytes, name.as_ptr(), 0) };
@@ -290,11 +300,13 @@ impl Driver for Simt {
     }
 
     fn upload(&self, dst: DevPtr, src: &[u8]) -> Result<()> {
+        self.expect_no_recording("copy from the host")?;
         write::<u8>(dst, src.len())?.copy_from_slice(src);
         Ok(())
     }
 
     fn download(&self, dst: &mut [u8], src: DevPtr) -> Result<()> {
+        self.expect_no_recording("copy to the host")?;
         dst.copy_from_slice(read::<u8>(src, dst.len())?);
         Ok(())
     }
@@ -318,10 +330,11 @@ impl Driver for Simt {
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.expect_no_recording("finish its work")
     }
 
     fn begin_capture(&self) -> Result<()> {
+        self.expect_no_recording("begin to record")?;
         let mut recording = self.recording.lock().unwrap_or_else(|poison| poison.into_inner());
         *recording = Some(Vec::new());
         Ok(())

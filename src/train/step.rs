@@ -1,6 +1,6 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
-use super::feed::{Feed, Inputs, Recorded};
+use super::feed::{Feed, Inputs, Work};
 use super::plan::Plan;
 use crate::TensorList;
 use crate::model::params::Spec;
@@ -90,8 +90,8 @@ pub struct Trainer {
     workspace: Tensor,
     /// On a GPU: its copy of the micro-batch, and the step as recorded work.
     feed: Option<Feed>,
-    micro_work: Recorded,
-    update_work: Recorded,
+    micro_work: Work,
+    update_work: Work,
     /// What the recorded work was recorded for.
     micro_batches: usize,
     memory_bytes: usize,
@@ -171,8 +171,8 @@ impl Trainer {
             scalars,
             workspace,
             feed: None,
-            micro_work: Recorded::New,
-            update_work: Recorded::New,
+            micro_work: Work::New,
+            update_work: Work::New,
             micro_batches: 0,
             memory_bytes,
         };
@@ -209,19 +209,26 @@ impl Trainer {
         let Device::Cuda(gpu) = self.dev.clone() else {
             return self.micro_step(Inputs::on_host(batch)?, micro_batches);
         };
-        let mut feed = match self.feed.take() {
-            Some(feed) if feed.holds(batch) && self.micro_batches == micro_batches => feed,
-            _ => {
-                self.micro_work = Recorded::New;
-                self.micro_batches = micro_batches;
-                // Photos differ in size: some room, so that a larger batch need not be recorded anew.
-                Feed::new(&self.dev, self.settings.micro_batch, batch.images.len() / 4 * 5)?
+        let fits = self.feed.as_ref().is_some_and(|feed| feed.holds(batch));
+        if !fits || self.micro_batches != micro_batches {
+            self.micro_work = Work::New;
+            self.micro_batches = micro_batches;
+        }
+        // Before the larger one is made: there need not be room for both.
+        let feed = self.feed.take().filter(|_| fits);
+        let mut feed = match feed {
+            Some(feed) => feed,
+            // Photos differ in size: some room, so that a larger batch need not be recorded anew.
+            None => {
+                let bytes = batch.images.len() + batch.images.len() / 4;
+                Feed::new(&self.dev, self.settings.micro_batch, bytes)?
             }
         };
-        feed.fill(&self.dev, batch, self.mae.config().image_size)?;
         let mut work = std::mem::take(&mut self.micro_work);
         let record = self.settings.record;
-        let done = work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches));
+        let done = feed.fill(&self.dev, batch, self.mae.config().image_size).and_then(|()| {
+            work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches))
+        });
         (self.feed, self.micro_work) = (Some(feed), work);
         done
     }

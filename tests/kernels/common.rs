@@ -8,6 +8,10 @@ use pixmim::dtype::Element;
 use pixmim::rng::{Purpose, Stream};
 use pixmim::{DType, Device, Gpu, Tensor, TensorMut, TensorRef};
 
+#[path = "../shared/masks.rs"]
+mod masks;
+pub(crate) use masks::masks;
+
 /// Whether the tests were asked to run on a real GPU.
 pub(crate) fn is_real() -> bool {
     std::env::var("PIXMIM_TEST_DEVICE").is_ok_and(|name| name == "cuda")
@@ -85,32 +89,6 @@ pub(crate) fn uniform<T: Stored>(seed: u64, elems: usize) -> Vec<T> {
 pub(crate) fn normal<T: Stored>(seed: u64, elems: usize, mean: f64, std: f64) -> Vec<T> {
     let stream = stream(seed);
     (0..elems as u32).map(|i| T::round(mean + std * stream.normal(i))).collect()
-}
-
-/// Random masks: for each image a shuffle of its patches, cut into kept and masked ones, and its inverse.
-pub(crate) struct Masks {
-    pub(crate) keep: Vec<i32>,
-    pub(crate) masked: Vec<i32>,
-    pub(crate) restore: Vec<i32>,
-}
-
-pub(crate) fn masks(seed: u64, images: usize, patches: usize, kept: usize) -> Masks {
-    let mut masks = Masks { keep: vec![], masked: vec![], restore: vec![] };
-    for b in 0..images {
-        let stream = stream(seed << 32 | b as u64);
-        let mut shuffle: Vec<i32> = (0..patches as i32).collect();
-        for i in 1..patches {
-            shuffle.swap(i, stream.below(i as u32, i as u64 + 1) as usize);
-        }
-        let mut restore = vec![0; patches];
-        for (place, &patch) in shuffle.iter().enumerate() {
-            restore[patch as usize] = place as i32;
-        }
-        masks.keep.extend(&shuffle[..kept]);
-        masks.masked.extend(&shuffle[kept..]);
-        masks.restore.extend(restore);
-    }
-    masks
 }
 
 pub(crate) fn widen<T: Stored>(values: &[T]) -> Vec<f64> {

@@ -10,6 +10,10 @@ use pixmim::{Cpu, Device, Products, TensorMut, TensorRef};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 
+#[path = "../shared/masks.rs"]
+mod masks;
+pub(crate) use masks::masks;
+
 /// f32 or f64, for naive formulas in either precision.
 pub(crate) trait Real:
     Element
@@ -77,32 +81,6 @@ pub(crate) fn normal<T: Real>(seed: u64, shape: &[usize], mean: f64, std: f64) -
     let stream = stream(seed);
     let elems: usize = shape.iter().product();
     (0..elems as u32).map(|i| T::of((mean + std * stream.normal(i)) as f32 as f64)).collect()
-}
-
-/// Random masks: for each image a shuffle of its patches, cut into kept and masked ones, and its inverse.
-pub(crate) struct Masks {
-    pub(crate) keep: Vec<i32>,
-    pub(crate) masked: Vec<i32>,
-    pub(crate) restore: Vec<i32>,
-}
-
-pub(crate) fn masks(seed: u64, images: usize, patches: usize, kept: usize) -> Masks {
-    let mut masks = Masks { keep: vec![], masked: vec![], restore: vec![] };
-    for b in 0..images {
-        let stream = stream(seed << 32 | b as u64);
-        let mut shuffle: Vec<i32> = (0..patches as i32).collect();
-        for i in 1..patches {
-            shuffle.swap(i, stream.below(i as u32, i as u64 + 1) as usize);
-        }
-        let mut restore = vec![0; patches];
-        for (place, &patch) in shuffle.iter().enumerate() {
-            restore[patch as usize] = place as i32;
-        }
-        masks.keep.extend(&shuffle[..kept]);
-        masks.masked.extend(&shuffle[kept..]);
-        masks.restore.extend(restore);
-    }
-    masks
 }
 
 /// A tensor to read.

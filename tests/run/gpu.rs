@@ -29,7 +29,9 @@ fn a_run_on_a_gpu_can_be_stopped_and_gone_on_with_bit_for_bit() {
     let first = train(&halves, &Options::default(), Some(4), &mut Said::default()).unwrap();
     assert!(first.interrupted);
     let on = Options { resume: Resume::Auto, ..Options::default() };
-    train(&halves, &on, None, &mut Said::default()).unwrap();
+    let mut said = Said::default();
+    train(&halves, &on, None, &mut said).unwrap();
+    assert!(!said.warnings.iter().any(|text| text.contains("planned anew")), "{:?}", said.warnings);
     let tensors = |config: &Config| -> Vec<_> {
         let files =
             fs::read_dir(checkpoint(&config.log.out, 6)).unwrap().map(|e| e.unwrap().path());
@@ -41,6 +43,30 @@ fn a_run_on_a_gpu_can_be_stopped_and_gone_on_with_bit_for_bit() {
     assert!(tensors(&whole).len() >= 2);
     assert!(tensors(&whole) == tensors(&halves), "weights or moments differ");
     assert!(whole.log.out.join("viz/step-00000004.png").is_file());
+}
+
+#[test]
+fn plans_of_products_that_are_of_another_gpu_are_told_and_not_used() {
+    let (data, dir) = (photos(13), tempdir().unwrap());
+    let mut config = tiny(data.path(), &dir.path().join("run"));
+    config.runtime.device = "simt".into();
+    config.schedule.steps = Some(4);
+    train(&config, &Options::default(), Some(2), &mut Said::default()).unwrap();
+    let saved = checkpoint(&config.log.out, 2);
+    // The executor has none, and goes on without a word: see the test above.
+    assert!(!saved.join("matmul-plans.bin").exists());
+    let plans = b"pixmim matmul plans 1 of some GPU";
+    fs::write(saved.join("matmul-plans.bin"), plans).unwrap();
+    let manifest = fs::read_to_string(saved.join("MANIFEST")).unwrap();
+    let line = format!("matmul-plans.bin  {}  {:08x}\n", plans.len(), crc32c::crc32c(plans));
+    fs::write(saved.join("MANIFEST"), manifest + &line).unwrap();
+
+    let mut said = Said::default();
+    let on = Options { resume: Resume::Auto, ..Options::default() };
+    let summary = train(&config, &on, None, &mut said).unwrap();
+    assert_eq!(summary.steps, 4);
+    let told = said.warnings.iter().filter(|text| text.contains("are planned anew"));
+    assert_eq!(told.count(), 1, "{:?}", said.warnings);
 }
 
 #[test]

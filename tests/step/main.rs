@@ -62,9 +62,14 @@ struct Images {
 }
 
 fn images(first: usize) -> Images {
+    images_with_margin(first, 0)
+}
+
+/// Images with so many more pixels to a side.
+fn images_with_margin(first: usize, margin: usize) -> Images {
     let mut images = Images { bytes: vec![], geometry: vec![], samples: vec![] };
     for sample in first..first + MICRO_BATCH {
-        let (height, width) = (33 + sample % 5, 36 + sample % 7);
+        let (height, width) = (33 + sample % 5 + margin, 36 + sample % 7 + margin);
         let row = Geometry {
             offset: images.bytes.len() as i64,
             height: height as i64,
@@ -197,6 +202,30 @@ fn recorded_work_gives_the_bits_of_work_enqueued_piece_by_piece() {
     let run = |record| {
         let mut trainer = trainer(gpu(0), DType::Bf16, Settings { record, ..settings() });
         let outcomes: Vec<_> = (0..4).map(|number| step(&mut trainer, number)).collect();
+        (outcomes, state(&trainer))
+    };
+    assert!(run(true) == run(false));
+}
+
+#[test]
+fn a_batch_that_outgrows_the_recorded_one_is_recorded_anew() {
+    let run = |record| {
+        let mut trainer = trainer(gpu(0), DType::Bf16, Settings { record, ..settings() });
+        let mut grow = |number: usize, margin| {
+            let images = images_with_margin(number * MICRO_BATCH, margin);
+            let batch = MicroBatch {
+                images: &images.bytes,
+                geometry: &images.geometry,
+                samples: &images.samples,
+                epoch: 0,
+            };
+            trainer.accumulate(batch, 1).unwrap();
+            let outcome = trainer.update(1e-3).unwrap();
+            trainer.clear().unwrap();
+            outcome
+        };
+        let margins = [0, 0, 0, 40, 40, 40, 0, 20].into_iter().enumerate();
+        let outcomes: Vec<_> = margins.map(|(number, margin)| grow(number, margin)).collect();
         (outcomes, state(&trainer))
     };
     assert!(run(true) == run(false));

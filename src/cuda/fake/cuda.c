@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, CAPTURE = 900 };
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, UNAVAILABLE = 46, NO_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, CAPTURE = 900 };
 
 typedef struct Event Event;
 typedef struct Op {
@@ -101,7 +101,10 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 // Contexts.
-int cuDevicePrimaryCtxRetain(void **handle, int device) { return references++, *handle = &context, OK; }
+int cuDevicePrimaryCtxRetain(void **handle, int device) {
+    if (getenv("FAKE_BUSY")) return UNAVAILABLE;
+    return references++, *handle = &context, OK;
+}
 int cuDevicePrimaryCtxRelease_v2(int device) {
     if (--references == 0 && live) {
         fprintf(stderr, "%d objects: ", live);

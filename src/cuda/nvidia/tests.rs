@@ -29,9 +29,14 @@ fn compile(folder: &Path, source: &str, library: &str, link: &[&str]) {
 
 /// In the process that finds the stand-ins a GPU; in the one of the test harness `None`, after that other one succeeded.
 fn on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Nvidia> {
+    start_on_fake(test, variables).map(Result::unwrap)
+}
+
+/// As [`on_fake`], where opening the GPU may fail.
+fn start_on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Result<Nvidia>> {
     if std::env::var_os(CHILD).is_some() {
         let found = Box::leak(Box::new(probe::find().unwrap()));
-        return Some(Nvidia::start(found, 0, &[("fake", b"image")], Stream::new).unwrap());
+        return Some(Nvidia::start(found, 0, &[("fake", b"image")], Stream::new));
     }
     let folder = tempfile::tempdir().unwrap();
     compile(folder.path(), "cuda.c", "libcuda.so.1", &[]);
@@ -87,6 +92,19 @@ fn fill(gpu: &Nvidia, out: DevPtr, count: u32, value: u32) -> Result<()> {
     let params: Vec<u8> =
         [out.0.to_ne_bytes().as_slice(), &count.to_ne_bytes(), &value.to_ne_bytes()].concat();
     gpu.launch(&Launch { kernel: "fill", grid: 1, block: 32, shared_bytes: 0, params: &params })
+}
+
+#[test]
+fn a_gpu_that_another_process_holds_is_no_device() {
+    let test = "a_gpu_that_another_process_holds_is_no_device";
+    let Some(refused) = start_on_fake(test, &[("FAKE_BUSY", "1")]) else { return };
+    let error = refused.unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let error = error.to_string();
+    assert!(
+        error.starts_with("--device cuda: Fake GPU does not open (CUDA_ERROR_DEVICE_UNAVAILABLE"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -185,8 +203,16 @@ fn an_error_of_the_gpu_names_the_kernels_before_it() {
         assert!(error.contains("illegal memory access"), "{error}");
         assert!(error.contains("fail, fill;"), "{error}");
     }
-    let error = gpu.download(&mut [0; 4], memory).unwrap_err().to_string();
-    assert!(error.contains("fail, fill;"), "{error}");
+    for error in [
+        gpu.download(&mut [0; 4], memory),
+        gpu.upload(memory, &[0; 4]),
+        gpu.upload(memory, &[0; 100_000]),
+        gpu.copy(memory, memory, 4),
+        gpu.clear(memory, 4),
+    ] {
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("fail, fill;"), "{error}");
+    }
     assert!(fill(&gpu, memory, 1, 1).is_err());
     gpu.free(memory);
 }
@@ -387,7 +413,8 @@ fn algorithms(plans: &[u8]) -> Vec<u64> {
 
 #[test]
 fn the_fastest_algorithm_is_pinned_and_taken_over() {
-    let Some(gpu) = on_fake("the_fastest_algorithm_is_pinned_and_taken_over", &[]) else { return };
+    let test = "the_fastest_algorithm_is_pinned_and_taken_over";
+    let Some(gpu) = on_fake(test, &[("PIXMIM_MATMUL", "timed")]) else { return };
     let problem = product(&gpu, CASE);
     gpu.matmul(&problem.matmul).unwrap();
     problem.check(&gpu);
@@ -418,9 +445,9 @@ fn the_fastest_algorithm_is_pinned_and_taken_over() {
 }
 
 #[test]
-fn the_first_algorithm_is_taken_on_request() {
-    let test = "the_first_algorithm_is_taken_on_request";
-    let Some(gpu) = on_fake(test, &[("PIXMIM_MATMUL", "first")]) else { return };
+fn the_first_algorithm_is_taken_unless_they_are_timed() {
+    let test = "the_first_algorithm_is_taken_unless_they_are_timed";
+    let Some(gpu) = on_fake(test, &[]) else { return };
     let problem = product(&gpu, CASE);
     gpu.matmul(&problem.matmul).unwrap();
     problem.check(&gpu);
@@ -432,7 +459,8 @@ fn the_first_algorithm_is_taken_on_request() {
 fn the_first_algorithm_is_taken_without_memory_to_time() {
     let test = "the_first_algorithm_is_taken_without_memory_to_time";
     let most = ((32 << 20) + 900).to_string();
-    let Some(gpu) = on_fake(test, &[("FAKE_MEMORY", &most)]) else { return };
+    let variables = [("FAKE_MEMORY", most.as_str()), ("PIXMIM_MATMUL", "timed")];
+    let Some(gpu) = on_fake(test, &variables) else { return };
     let problem = product(&gpu, Case { m: 2, n: 2, k: 2, ..CASE });
     // What is left does not hold the three matrices once more.
     let rest = (1..900).rev().find_map(|bytes| gpu.alloc(bytes, "rest").ok()).unwrap();

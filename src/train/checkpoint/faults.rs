@@ -202,6 +202,7 @@ fn save(
             config_hash: super::config_hash(""),
             world_size: 1,
         },
+        matmul_plans: vec![samples as u8; 9],
     };
     write::save(fs, run, &contents, keep_last)
 }
@@ -343,7 +344,8 @@ fn a_save_cut_off_anywhere_leaves_the_checkpoint_before_it_or_its_own() {
 #[test]
 fn no_sync_of_a_save_can_be_left_out() {
     // Only the first save of a run creates a folder, and only where there are many are some deleted.
-    for (history, syncs) in [(&HISTORIES[0], 1..=1), (&HISTORIES[1], 1..=8), (&HISTORIES[2], 9..=9)]
+    for (history, syncs) in
+        [(&HISTORIES[0], 1..=1), (&HISTORIES[1], 1..=9), (&HISTORIES[2], 10..=10)]
     {
         for lies_at in syncs {
             assert!(sweep(history, lies_at).is_err(), "sync {lies_at} is not needed");
@@ -354,7 +356,9 @@ fn no_sync_of_a_save_can_be_left_out() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_full_device_is_reported_by_the_save_that_meets_it_and_nothing_is_left() {
-    for name in ["model.safetensors", "optim.safetensors", "state.toml", "MANIFEST"] {
+    for name in
+        ["matmul-plans.bin", "model.safetensors", "optim.safetensors", "state.toml", "MANIFEST"]
+    {
         let dir = scratch();
         save(&mut Faulty::default(), dir.path(), 10, 1, 3).unwrap();
         let mut disk = Faulty { full: Some(name), ..Faulty::default() };

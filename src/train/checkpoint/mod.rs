@@ -5,11 +5,12 @@
 //!     model.safetensors       weights and position tables, f32, under the key names of MAE
 //!     optim.safetensors       AdamW's moments: exp_avg.<name>, exp_avg_sq.<name>
 //!     state.toml              the rest of what a run needs to go on: `State`
+//!     matmul-plans.bin        how a GPU's products are computed, for the same bits after a resume; only where there is one
 //!     MANIFEST                a line per file: name, bytes, crc32c
 //! RUN/ckpt/LATEST             "step-00012000", replaced by a rename
 //! ```
 //!
-//! A save writes the three files and syncs each, writes and syncs `MANIFEST`, syncs the folder, renames it, syncs
+//! A save writes these files and syncs each, writes and syncs `MANIFEST`, syncs the folder, renames it, syncs
 //! its parent, replaces `LATEST`, and only then deletes old checkpoints: whenever the machine stops, the newest
 //! checkpoint before or after the save is there. A step saved a second time becomes `step-00012000.2`, as a folder
 //! cannot replace another in one move; the first is deleted once the second is safe.
@@ -41,6 +42,7 @@ const MANIFEST: &str = "MANIFEST";
 const MODEL: &str = "model.safetensors";
 const OPTIM: &str = "optim.safetensors";
 const STATE: &str = "state.toml";
+const PLANS: &str = "matmul-plans.bin";
 const EXP_AVG: &str = "exp_avg.";
 const EXP_AVG_SQ: &str = "exp_avg_sq.";
 
@@ -79,6 +81,8 @@ pub struct Contents<'a> {
     pub metadata: BTreeMap<String, String>,
     /// Where the run stands.
     pub state: State,
+    /// What [`Gpu::matmul_plans`](crate::Gpu::matmul_plans) gave; empty where products are computed in one way only.
+    pub matmul_plans: Vec<u8>,
 }
 
 /// Where a run stands, beside its tensors. Data order, crops and masks are functions of seed, epoch and sample, so

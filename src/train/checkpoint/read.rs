@@ -11,12 +11,14 @@ use serde::Deserialize;
 use super::fs::{Disk, Fs};
 use super::{
     EXP_AVG, EXP_AVG_SQ, FOLDER, FORMAT_VERSION, LATEST, Line, MANIFEST, MAX_HEADER_BYTES,
-    MAX_TENSORS, MODEL, Name, OPTIM, STATE, State, StateFile, elems,
+    MAX_TENSORS, MODEL, Name, OPTIM, PLANS, STATE, State, StateFile, elems,
 };
 use crate::{Error, Result};
 
 /// Longest text file of a checkpoint, in bytes.
 const MAX_TEXT_BYTES: u64 = 64 << 10;
+/// Largest `matmul-plans.bin`, in bytes: a hundred times what a run makes.
+const MAX_PLANS_BYTES: u64 = 16 << 20;
 
 /// Where a tensor of a checkpoint is to be copied.
 #[derive(Debug)]
@@ -48,6 +50,8 @@ pub struct Checkpoint {
     pub path: PathBuf,
     /// Where the run stood.
     pub state: State,
+    /// For [`Gpu::load_matmul_plans`](crate::Gpu::load_matmul_plans); empty if there are none.
+    pub matmul_plans: Vec<u8>,
     model: TensorFile,
     optim: TensorFile,
 }
@@ -68,9 +72,12 @@ impl Checkpoint {
             }
         }
         lines.iter().try_for_each(|line| verify(dir, line))?;
+        let has_plans = lines.iter().any(|line| line.file == PLANS);
+        let plans = has_plans.then(|| read_bytes(&dir.join(PLANS), MAX_PLANS_BYTES));
         Ok(Self {
             path: dir.to_owned(),
             state: read_state(&dir.join(STATE))?,
+            matmul_plans: plans.transpose()?.unwrap_or_default(),
             model: TensorFile::open(&dir.join(MODEL))?,
             optim: TensorFile::open(&dir.join(OPTIM))?,
         })
@@ -185,13 +192,18 @@ fn read_state(path: &Path) -> Result<State> {
 }
 
 fn read_text(path: &Path) -> Result<String> {
+    let bytes = read_bytes(path, MAX_TEXT_BYTES)?;
+    String::from_utf8(bytes).map_err(|_| Error::corrupt(path, "it is not UTF-8 text"))
+}
+
+fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut bytes = Vec::new();
-    file.take(MAX_TEXT_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
-    if bytes.len() as u64 > MAX_TEXT_BYTES {
-        return Err(Error::corrupt(path, format!("it has more than {MAX_TEXT_BYTES} bytes")));
+    file.take(most + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    if bytes.len() as u64 > most {
+        return Err(Error::corrupt(path, format!("it has more than {most} bytes")));
     }
-    String::from_utf8(bytes).map_err(|_| Error::corrupt(path, "it is not UTF-8 text"))
+    Ok(bytes)
 }
 
 fn verify(dir: &Path, line: &Line) -> Result<()> {

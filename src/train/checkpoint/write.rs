@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::fs::Fs;
 use super::{
     Contents, EXP_AVG, EXP_AVG_SQ, FOLDER, FORMAT_VERSION, LATEST, Line, MANIFEST,
-    MAX_HEADER_BYTES, MAX_TENSORS, MODEL, Name, NamedTensor, OPTIM, STATE, StateFile, elems,
+    MAX_HEADER_BYTES, MAX_TENSORS, MODEL, Name, NamedTensor, OPTIM, PLANS, STATE, StateFile, elems,
 };
 use crate::{Error, Result};
 
@@ -146,12 +146,15 @@ fn write_folder(fs: &mut dyn Fs, dir: &Path, contents: &Contents<'_>, state: &st
     let optim =
         optim.map(|(prefix, tensor)| (format!("{prefix}{}", tensor.name), tensor)).collect();
 
+    let plans = Some(contents.matmul_plans.as_slice()).filter(|plans| !plans.is_empty());
+    let plans = plans.map(|plans| write_bytes(fs, dir, PLANS, plans)).transpose()?;
     let lines = [
         write_tensors(fs, dir, MODEL, &metadata, &model)?,
         write_tensors(fs, dir, OPTIM, &own, &optim)?,
-        write_text(fs, dir, STATE, state)?,
+        write_bytes(fs, dir, STATE, state.as_bytes())?,
     ];
-    write_text(fs, dir, MANIFEST, &lines.map(|line| line.to_string()).concat())?;
+    let manifest: String = plans.iter().chain(&lines).map(Line::to_string).collect();
+    write_bytes(fs, dir, MANIFEST, manifest.as_bytes())?;
     sync_dir(fs, dir)
 }
 
@@ -198,9 +201,9 @@ fn write_tensors(
     writer.finish()
 }
 
-fn write_text(fs: &mut dyn Fs, dir: &Path, file: &str, text: &str) -> Result<Line> {
+fn write_bytes(fs: &mut dyn Fs, dir: &Path, file: &str, bytes: &[u8]) -> Result<Line> {
     let mut writer = Writer::create(fs, dir, file)?;
-    writer.write(text.as_bytes())?;
+    writer.write(bytes)?;
     writer.finish()
 }
 
@@ -238,7 +241,7 @@ impl<'a> Writer<'a> {
 fn replace_latest(fs: &mut dyn Fs, folder: &Path, name: Name) -> Result<()> {
     let aside = aside(LATEST);
     let path = folder.join(&aside);
-    let replaced = write_text(fs, folder, &aside, &format!("{name}\n"))
+    let replaced = write_bytes(fs, folder, &aside, format!("{name}\n").as_bytes())
         .and_then(|_| rename(fs, &path, &folder.join(LATEST)));
     if replaced.is_err() {
         let _ = fs.remove(&path);

@@ -493,9 +493,15 @@ impl Run<'_> {
         let ended = match ended {
             Ok(ended) => ended,
             Err(error) => {
-                // The last finished step is sound, and worth keeping: unless steps could not be taken, or the disk
-                // would not have them. The first error is the one to tell.
-                let keeps = !matches!(error, Error::Io { .. } | Error::Diverged { .. });
+                // The last finished step is sound, and worth keeping: unless steps could not be taken, the disk would not
+                // have them, or a GPU failed, perhaps within an update. The first error is the one to tell.
+                let keeps = !matches!(
+                    error,
+                    Error::Io { .. }
+                        | Error::Diverged { .. }
+                        | Error::Gpu { .. }
+                        | Error::Kernel { .. }
+                );
                 if keeps {
                     let _ = self.save();
                 }

@@ -12,7 +12,7 @@ use crate::train::checkpoint::{
 use crate::train::config::{Config, Resolved};
 use crate::train::files::write_atomic;
 use crate::train::step::{Outcome, Trainer};
-use crate::{Cpu, Device, Error, Products, Result, Tensor};
+use crate::{Cpu, Device, Error, Gpu, Products, Result, Tensor};
 
 /// Names of the fixed tensors.
 const POSITIONS: [&str; 2] = ["pos_embed", "decoder_pos_embed"];
@@ -87,6 +87,10 @@ impl<'a> Snapshot<'a> {
             exp_avg_sq: named(mae, &self.exp_avg_sq),
             metadata: metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
             state: state.clone(),
+            matmul_plans: match trainer.device() {
+                Device::Cuda(gpu) => gpu.matmul_plans(),
+                Device::Cpu(_) => Vec::new(),
+            },
         }
     }
 }
@@ -189,10 +193,25 @@ pub(super) fn load(
             "the run went on with {} products, before it had {before}: losses will differ a little",
             products(trainer)
         ));
+    } else if let Device::Cuda(gpu) = trainer.device()
+        && let Err(why) = multiply_as_before(gpu, &found.matmul_plans)
+    {
+        warnings.push(format!(
+            "matrix products of {place} are planned anew: losses will differ a little ({why})"
+        ));
     }
     trainer.set_updates(found.state.step - found.state.skipped)?;
     *state = found.state;
     Ok(Some(state.step))
+}
+
+/// Has a GPU multiply by the plans of a checkpoint, or says why it cannot.
+fn multiply_as_before(gpu: &Gpu, plans: &[u8]) -> Result<(), String> {
+    if !plans.is_empty() {
+        return gpu.load_matmul_plans(plans).map(drop);
+    }
+    // The host executor multiplies in one way, and has nothing to plan.
+    if gpu.matmul_plans().is_empty() { Ok(()) } else { Err("it has no plans".into()) }
 }
 
 fn read(found: &mut Checkpoint, trainer: &mut Trainer) -> Result<()> {
