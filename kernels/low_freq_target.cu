@@ -1,8 +1,8 @@
-// low_freq_target.cu - PixMIM's target from bytes, in half precision on tensor cores: 224 pixels at radius 40, 448 at 80.
+// low_freq_target.cu - PixMIM's target from bytes, half precision on tensor cores: 224 pixels at radius 40, 448 at 80.
 // Any other size or radius, f32 pixels, and f32-grade arithmetic: low_freq_target_exact.cu.
 //
-// Idea. Only frequencies -R .. R of an axis pass the disc, so each transform is a small matrix product. Measured from the
-// image's centre, pixel u mirrors pixel -u: cosines see only what is even in u, sines only what is odd. Folding the
+// Idea. Only frequencies -R .. R of an axis pass the disc, so each transform is a small matrix product. Counted from
+// the image's centre, pixel u mirrors pixel -u: cosines see only what is even in u, sines only what is odd. Folding the
 // image into its four quadrants' even and odd parts halves every product, and the parts of bytes less 128 are integers
 // up to 512, exact in f16. 128 is a constant, which passes the filter, and is added back at the end. Per plane:
 //   rows      folded pixels x table       4 planes by parity of (y, x)    (H x H) (H x Q)     H = S / 2, Q frequencies
@@ -24,14 +24,14 @@
 #include "common/ptx.cuh"
 
 struct LowFreqTarget {
-  Global<float> target;            // (B, M, 3 P P)
-  Global<const uint8_t> pixels;    // (B, 3, S, S)
+  Global<float> target;              // (B, M, 3 P P)
+  Global<const uint8_t> pixels;      // (B, 3, S, S)
   Global<const int32_t> ids_masked;  // (B, M)
-  Global<const f16> table;         // (2, Q, S / 2): cosines, sines
-  Global<f16> combination;         // 448: (B, 3, 4, 2, 2, Q, 48): pair, slice of columns, parity; else none
-  float scale[3], shift[3];        // 1 / (255 std) and -mean / std of a channel
-  int32_t masked, patch, grid;     // M, P, S / P
-  int32_t reciprocal;              // 2^20 / P, rounded up
+  Global<const f16> table;           // (2, Q, S / 2): cosines, sines
+  Global<f16> combination;           // 448: (B, 3, 4, 2, 2, Q, 48): pair, slice of columns, parity; else none
+  float scale[3], shift[3];          // 1 / (255 std) and -mean / std of a channel
+  int32_t masked, patch, grid;       // M, P, S / P
+  int32_t reciprocal;                // 2^20 / P, rounded up
 };
 static_assert(sizeof(LowFreqTarget) == 80 && offsetof(LowFreqTarget, reciprocal) == 76,
               "as in src/ops/low_freq_target/launch.rs");
@@ -73,7 +73,8 @@ template <class P> DEV Quadrants quadrants(Global<const uint32_t> plane, int y, 
 
 // Rows: 16 folded rows of a plane to SLICE frequencies, 4 planes by parity (y even x even, eo, oe, oo) at `out`.
 // The tables start at the slice's first frequency. Divided by 16, so that no sum leaves f16.
-template <class P> DEV void rows(uint32_t out, Global<const uint8_t> plane, int tile, uint32_t cosines, uint32_t sines) {
+template <class P>
+DEV void rows(uint32_t out, Global<const uint8_t> plane, int tile, uint32_t cosines, uint32_t sines) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Global<const uint32_t> words = plane.as<const uint32_t>();
   const uint32_t table = (lane < 16 ? cosines : sines) + lane % 8 * P::TABLE_ROW + lane / 8 % 2 * 16;
@@ -128,10 +129,11 @@ template <class P> DEV void rows(uint32_t out, Global<const uint8_t> plane, int 
     }
 }
 
-// Columns and combination of 16 frequencies k by 8 frequencies l (from `first`): z[pair][parity][row half], where a pair
-// is 0, 1: real part, even and odd in x; 2, 3: imaginary part; the parity that of y.
+// Columns and combination of 16 frequencies k by 8 frequencies l (from `first`): z[pair][parity][row half]. A pair is
+// 0, 1: real part, even and odd in x; 2, 3: imaginary part; the parity is that of y.
 template <class P>
-DEV void combine(uint32_t (&z)[4][2][2], int k_tile, int l_tile, int first, uint32_t cosines, uint32_t sines, uint32_t folded) {
+DEV void combine(uint32_t (&z)[4][2][2], int k_tile, int l_tile, int first, uint32_t cosines, uint32_t sines,
+                 uint32_t folded) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint32_t left = (k_tile * 16 + lane % 16) * P::TABLE_ROW + lane / 16 * 16;
   const uint32_t right = folded + lane / 16 * P::FOLDED + lane % 16 * P::ROW + l_tile * 16;
@@ -157,7 +159,8 @@ DEV void combine(uint32_t (&z)[4][2][2], int k_tile, int l_tile, int first, uint
       const int k = k_tile * 16 + g + 8 * r, l = first + l_tile * 8 + 2 * t + e, i = 2 * r + e;
       // 0 and -0 are one frequency. The 16 makes good the division in `rows`.
       const float weight = (k == 0 ? .5f : 1.f) * (l == 0 ? .5f : 1.f) * (16.f / (P::N * P::N));
-      const float pp = weight * kept(k, l), nn = weight * kept(-k, -l), pn = weight * kept(k, -l), np = weight * kept(-k, l);
+      const float pp = weight * kept(k, l), nn = weight * kept(-k, -l);
+      const float pn = weight * kept(k, -l), np = weight * kept(-k, l);
       // F(k, l) and F(k, -l); those of -k are their conjugates.
       const float re = cc[i] - ss[i], im = -(cs[i] + sc[i]), re_n = cc[i] + ss[i], im_n = cs[i] - sc[i];
       value[0][0][e] = (pp + nn) * re + (pn + np) * re_n;
@@ -183,7 +186,8 @@ template <class P, int SIDES> using Columns = uint32_t[SIDES][4][P::Q / 16][4];
 // Inverse columns of 16 rows, one pair, SLICE frequencies from 16 `first` on. `from` is its parity 0, parity 1 follows.
 // With one side only, `flip` is the sign bits that make it side 0 (none) or side 1 (both).
 template <class P, int SIDES>
-DEV void inverse_columns(Columns<P, SIDES>& z, int pair, int first, int tile, uint32_t flip, uint32_t from, uint32_t cosines, uint32_t sines) {
+DEV void inverse_columns(Columns<P, SIDES>& z, int pair, int first, int tile, uint32_t flip, uint32_t from,
+                         uint32_t cosines, uint32_t sines) {
   const int lane = threadIdx.x % 32;
   const uint32_t left = (lane % 8 + lane / 16 * 8) * P::TABLE_ROW + (tile * 16 + lane / 8 % 2 * 8) * 2;
   const uint32_t right = from + lane % 16 * P::ROW + lane / 16 * 16;
@@ -222,7 +226,7 @@ DEV void inverse_columns(Columns<P, SIDES>& z, int pair, int first, int tile, ui
 }
 
 // What three warps, one for each channel, have made of 16 rows by 16 columns of a quadrant pair: floats
-// [channel][side][row][right or left half of the image][column]. The skew of rows spreads a warp's stores over all banks.
+// [channel][side][row][right or left half of the image][column]. The skew of rows spreads stores over all banks.
 template <int SIDES> struct Stage {
   static constexpr int SIDE = 34 * 16 + 8 * 4, CHANNEL = SIDES * SIDE + 12, BYTES = 3 * CHANNEL * 4;
   static DEV uint32_t at(uint32_t stage, int channel, int side, int row, int half, int column) {
@@ -242,7 +246,7 @@ DEV void find_places(uint32_t places, const LowFreqTarget& p, int64_t image) {
   __syncthreads();
 }
 
-// Inverse rows, magnitude, normalisation and store of 16 rows on SIDES sides. Three neighbouring warps call it together,
+// Inverse rows, magnitude, normalisation and store of 16 rows on SIDES sides. Three neighbouring warps call it at once,
 // warp w for channel w % 3; `first_side` is the side of z[0].
 template <class P, int SIDES>
 DEV void inverse_rows(const LowFreqTarget& p, int64_t image, const Columns<P, SIDES>& z, int tile, int first_side,
@@ -382,12 +386,13 @@ template <class P> DEV void image(const LowFreqTarget& p) {
     Columns<P, 2> columns;
 #pragma unroll
     for (int pair = 0; pair < 4; pair++)
-      inverse_columns<P, 2>(columns, pair, 0, unit / 3, 0, folded + (unit % 3 * 8 + pair * 2) * P::PART, cosines, sines);
+      inverse_columns<P, 2>(columns, pair, 0, unit / 3, 0, folded + (unit % 3 * 8 + pair * 2) * P::PART, cosines,
+                            sines);
     inverse_rows<P, 2>(p, image, columns, unit / 3, 0, cosines, sines, cosines + I::STAGES, cosines + I::PLACES);
   }
 }
 
-// ---- 448: a kernel forth, a kernel back ------------------------------------------------------------------------------
+// ---- 448: a kernel forth, a kernel back -----------------------------------------------------------------------------
 // Block: a plane and SLICE of its frequencies of x.
 template <class P> struct Forth {
   static constexpr int WARPS = 12, FOLDED = 2 * P::TABLE, BYTES = FOLDED + 4 * P::FOLDED;
@@ -461,7 +466,8 @@ template <class P> DEV void back(const LowFreqTarget& p) {
     __syncthreads();
   }
   find_places(cosines + K::PLACES, p, image);
-  inverse_rows<P, 1>(p, image, columns, tile % P::TILES, side, cosines, sines, cosines + K::STAGES, cosines + K::PLACES);
+  inverse_rows<P, 1>(p, image, columns, tile % P::TILES, side, cosines, sines, cosines + K::STAGES,
+                     cosines + K::PLACES);
 }
 
 static_assert(Image<Plan224>::BYTES == 224320 && Forth<Plan448>::BYTES == 189440 && Back<Plan448>::BYTES == 218112,

@@ -1,8 +1,8 @@
 // low_freq_target_exact.cu - PixMIM's target in f32, for any size and radius: what stands between its matrix products.
 //
 // The products are the driver's (cublasLt on a GPU), over as many planes as fit the workspace; see
-// src/ops/low_freq_target/launch.rs. These kernels only move and combine numbers: each thread takes one, all accesses of
-// a warp are neighbours, and none is on a path that a bf16 training run takes.
+// src/ops/low_freq_target/launch.rs. These kernels only move and combine numbers: each thread takes one, a warp
+// accesses neighbours, and none is on a path that a bf16 training run takes.
 #include "common/ptx.cuh"
 
 struct LowFreqTargetCentre {

@@ -14,8 +14,8 @@ pub mod probe;
 #[cfg(pixmim_simt)]
 mod simt;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use driver::{DevPtr, Properties};
 pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
@@ -24,6 +24,25 @@ pub use simt::SimtOptions;
 
 use crate::device::Place;
 use crate::{Error, Result};
+
+/// Work recorded by [`Gpu::record`], to be done again as a whole: one call in place of hundreds.
+pub struct Recording(Mutex<Box<dyn Graph>>);
+
+impl std::fmt::Debug for Recording {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Recording")
+    }
+}
+
+impl Recording {
+    /// Enqueues the work. The tensors it was recorded with must be alive and where they were.
+    ///
+    /// # Errors
+    /// Those of the recorded work.
+    pub fn replay(&self) -> Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).replay()
+    }
+}
 
 /// A GPU and its stream: cheap to clone, all clones are one.
 #[derive(Clone, Debug)]
@@ -112,6 +131,29 @@ impl Gpu {
     /// [`Error::Gpu`] for what went wrong in that work.
     pub fn synchronize(&self) -> Result<()> {
         self.driver.synchronize()
+    }
+
+    /// Bytes of memory that nobody has taken.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`].
+    pub fn available_bytes(&self) -> Result<u64> {
+        self.driver.available_bytes()
+    }
+
+    /// Records the work that `enqueue` enqueues (ops, [`Device::clear`](crate::Device::clear) and
+    /// [`copy`](crate::Device::copy)) instead of doing it. The same work must have been done once before, so that matrix
+    /// products are planned and kernels loaded; what is recorded keeps the addresses it was given.
+    ///
+    /// # Errors
+    /// Those of `enqueue`, and [`Error::Gpu`] for what cannot be recorded, such as a copy from or to the host.
+    pub fn record(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<Recording> {
+        self.driver.begin_capture()?;
+        let enqueued = enqueue();
+        // Whatever happened, the stream must not stay recording.
+        let graph = self.driver.end_capture();
+        enqueued?;
+        Ok(Recording(Mutex::new(graph?)))
     }
 
     /// Enqueues a kernel by its name, with the bytes of its parameters: for tests of the executor itself.

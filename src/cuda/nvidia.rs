@@ -79,10 +79,8 @@ impl Nvidia {
     }
 
     fn open(ordinal: usize, stream: impl FnOnce() -> Result<Stream>) -> Result<Self> {
-        let found = probe::probe().map_err(|reason| Error::NoDevice {
-            asked: format!("cuda:{ordinal}"),
-            why: reason.to_string(),
-        })?;
+        let found = probe::probe()
+            .map_err(|reason| Error::NoDevice { asked: name(ordinal), why: reason.to_string() })?;
         Self::start(found, ordinal, FATBINS, stream)
     }
 
@@ -92,7 +90,7 @@ impl Nvidia {
         fatbins: &[(&str, &'static [u8])],
         stream: impl FnOnce() -> Result<Stream>,
     ) -> Result<Self> {
-        let refuse = |why| Err(Error::NoDevice { asked: format!("cuda:{ordinal}"), why });
+        let refuse = |why| Err(Error::NoDevice { asked: name(ordinal), why });
         let Some(gpu) = found.gpus.get(ordinal) else {
             return refuse(format!("the driver shows {} GPUs, counted from 0", found.gpus.len()));
         };
@@ -159,6 +157,11 @@ impl Drop for Inner {
             let _ = self.stream.synchronize();
         }
     }
+}
+
+/// A GPU as `--device` names it.
+fn name(ordinal: usize) -> String {
+    if ordinal == 0 { "cuda".into() } else { format!("cuda:{ordinal}") }
 }
 
 impl std::fmt::Debug for Nvidia {

@@ -62,7 +62,7 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, rows: usize, dim: usize) -> u
 /// Normalises rows.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
+/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their
 /// fields say, and on a GPU D is a multiple of 8 and at most 8192.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
@@ -76,7 +76,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// Gradients of [`forward`].
 ///
 /// # Errors
-/// As [`forward`]; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
+/// As [`forward`]; [`Error::Workspace`] if the workspace is too small.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {

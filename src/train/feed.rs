@@ -1,10 +1,7 @@
 //! The batch and the recorded work of a step on a GPU.
 
-use std::fmt;
-use std::sync::{Mutex, PoisonError};
-
 use super::step::MicroBatch;
-use crate::cuda::{Gpu, Graph};
+use crate::cuda::{Gpu, Recording};
 use crate::ops::input::{self, Geometry};
 use crate::{DType, Device, Result, Tensor, TensorRef};
 
@@ -72,30 +69,19 @@ impl Feed {
     }
 }
 
-/// A piece of work that is the same every time: run once as it is, so that matrix products are planned and kernels loaded;
-/// recorded the second time; from then on enqueued whole.
-#[derive(Default)]
-pub(super) enum Recorded {
-    /// Never run.
+/// A piece of work that is the same every time: done once as it is, so that matrix products are planned and kernels
+/// loaded; recorded the second time; from then on done as a whole.
+#[derive(Debug, Default)]
+pub(super) enum Work {
+    /// Never done.
     #[default]
     New,
-    /// Run once.
+    /// Done once.
     Warm,
-    /// Recorded.
-    Graph(Mutex<Box<dyn Graph>>),
+    Recorded(Recording),
 }
 
-impl fmt::Debug for Recorded {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::New => "New",
-            Self::Warm => "Warm",
-            Self::Graph(_) => "Graph",
-        })
-    }
-}
-
-impl Recorded {
+impl Work {
     /// Does the work that `enqueue` enqueues; never recorded unless `record` is set.
     pub(super) fn run(
         &mut self,
@@ -112,16 +98,12 @@ impl Recorded {
                 Ok(())
             }
             Self::Warm => {
-                gpu.driver().begin_capture()?;
-                let enqueued = enqueue();
-                let graph = gpu.driver().end_capture();
-                enqueued?;
-                let graph = graph?;
-                graph.replay()?;
-                *self = Self::Graph(Mutex::new(graph));
+                let recording = gpu.record(enqueue)?;
+                recording.replay()?;
+                *self = Self::Recorded(recording);
                 Ok(())
             }
-            Self::Graph(graph) => graph.get_mut().unwrap_or_else(PoisonError::into_inner).replay(),
+            Self::Recorded(recording) => recording.replay(),
         }
     }
 }

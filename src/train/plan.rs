@@ -98,7 +98,7 @@ impl Plan<'_> {
     /// Refuses a micro-batch that does not fit into a GPU's free memory, and names one that does.
     pub(super) fn expect_room(&self) -> Result<()> {
         let Device::Cuda(gpu) = self.dev else { return Ok(()) };
-        let free = gpu.driver().available_bytes()?;
+        let free = gpu.available_bytes()?;
         let room = free - free / SPARE_SHARE;
         let fits = |images: usize| self.bytes(images) as u64 <= room;
         let asked = self.settings.micro_batch;

@@ -1,6 +1,6 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
-use super::feed::{Feed, Inputs, Recorded};
+use super::feed::{Feed, Inputs, Work};
 use super::plan::Plan;
 use crate::TensorList;
 use crate::model::params::Spec;
@@ -90,8 +90,8 @@ pub struct Trainer {
     workspace: Tensor,
     /// On a GPU: its copy of the micro-batch, and the step as recorded work.
     feed: Option<Feed>,
-    micro_work: Recorded,
-    update_work: Recorded,
+    micro_work: Work,
+    update_work: Work,
     /// What the recorded work was recorded for.
     micro_batches: usize,
     memory_bytes: usize,
@@ -171,8 +171,8 @@ impl Trainer {
             scalars,
             workspace,
             feed: None,
-            micro_work: Recorded::New,
-            update_work: Recorded::New,
+            micro_work: Work::New,
+            update_work: Work::New,
             micro_batches: 0,
             memory_bytes,
         };
@@ -212,7 +212,7 @@ impl Trainer {
         let mut feed = match self.feed.take() {
             Some(feed) if feed.holds(batch) && self.micro_batches == micro_batches => feed,
             _ => {
-                self.micro_work = Recorded::New;
+                self.micro_work = Work::New;
                 self.micro_batches = micro_batches;
                 // Photos differ in size: some room, so that a larger batch need not be recorded anew.
                 Feed::new(&self.dev, self.settings.micro_batch, batch.images.len() / 4 * 5)?

@@ -107,6 +107,7 @@ fn assert_colours(name: &str, got: &[f64], want: &[f64], [rms_tol, max_tol]: [f6
 }
 
 /// Patches normalised by their own mean and variance, as the loss does.
+#[cfg(feature = "train")]
 fn normalised(target: &[f64], numbers: usize) -> Vec<f64> {
     let mut out = Vec::with_capacity(target.len());
     for patch in target.chunks_exact(numbers) {
@@ -119,6 +120,7 @@ fn normalised(target: &[f64], numbers: usize) -> Vec<f64> {
 }
 
 /// Errors (rms) of the normalised target of each image, ascending.
+#[cfg(feature = "train")]
 fn normalised_errors(case: Case, pixels: &[u8]) -> Vec<f64> {
     let ids = case.masked(pixels);
     let numbers = 3 * case.patch * case.patch;

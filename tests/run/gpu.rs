@@ -31,7 +31,8 @@ fn a_run_on_a_gpu_can_be_stopped_and_gone_on_with_bit_for_bit() {
     let on = Options { resume: Resume::Auto, ..Options::default() };
     train(&halves, &on, None, &mut Said::default()).unwrap();
     let tensors = |config: &Config| -> Vec<_> {
-        let files = fs::read_dir(checkpoint(&config.log.out, 6)).unwrap().map(|e| e.unwrap().path());
+        let files =
+            fs::read_dir(checkpoint(&config.log.out, 6)).unwrap().map(|e| e.unwrap().path());
         let mut files: Vec<_> =
             files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
         files.sort();

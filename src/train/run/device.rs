@@ -10,8 +10,11 @@ pub(super) fn choose(config: &Config, resolved: &Resolved) -> Result<(Device, DT
         "cpu" => Ok(cpu(precision, resolved, "")),
         "auto" => match Gpu::nvidia(0) {
             Ok(gpu) => Ok(cuda(gpu, precision, "cuda")),
-            // The first sentence; what would help stands in doctor.
-            Err(Error::NoDevice { why, .. }) => Ok(cpu(precision, resolved, &format!(": {why}"))),
+            // What there is; what would help stands in doctor.
+            Err(Error::NoDevice { why, .. }) => {
+                let why = why.split(';').next().unwrap_or(&why);
+                Ok(cpu(precision, resolved, &format!("; {why}")))
+            }
             Err(error) => Err(error),
         },
         "simt" => Ok(cuda(executor()?, precision, "simt (for debugging: checks every access)")),
@@ -55,6 +58,6 @@ fn cpu(precision: &str, resolved: &Resolved, why: &str) -> (Device, DType, Strin
         (Products::F32, false) => "f32 products",
     };
     let threads = resolved.compute_threads;
-    let words = format!("cpu{why} ({threads} threads, {precision})");
+    let words = format!("cpu ({threads} threads, {precision}){why}");
     (Device::Cpu(Cpu { products }), DType::F32, words)
 }
