@@ -1,8 +1,9 @@
-// common.cuh - what the attention kernels share: their parameters, tiles in shared memory, operands of the tensor cores.
+// common.cuh - what the attention kernels share: their parameters, tiles in shared memory, operands of the tensor
+// cores.
 //
-// qkv is (B, T, 3 D) and out (B, T, D), head h of a part in columns h HD..(h + 1) HD: a head's rows are read and written
-// where they lie, with a stride, and nothing is ever transposed in memory. One block serves one head of one image, or a
-// slice of it; blocks are numbered along grid.x alone, because B NH may pass the 65535 of the other two.
+// qkv is (B, T, 3 D) and out (B, T, D), head h of a part in columns h HD..(h + 1) HD: a head's rows are read and
+// written where they lie, with a stride, and nothing is ever transposed in memory. One block serves one head of one
+// image, or a slice of it; blocks are numbered along grid.x alone, because B NH may pass the 65535 of the other two.
 #pragma once
 #include "../common/ptx.cuh"
 
