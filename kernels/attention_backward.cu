@@ -1,10 +1,11 @@
-// attention_backward.cu - gradient of attention where a whole head fits into shared memory. With weights P (formed again
-// from lse) and dP = dO V^T: dV = P^T dO, dS = P (dP - delta), dQ = scale dS K, dK = scale dS^T Q, where delta is a row's
-// sum of P dP, which is also that of dO O.
+// attention_backward.cu - gradient of attention where a whole head fits into shared memory. With weights P (formed
+// again from lse) and dP = dO V^T: dV = P^T dO, dS = P (dP - delta), dQ = scale dS K, dK = scale dS^T Q, where delta is
+// a row's sum of P dP, which is also that of dO O.
 //
-// One block a head, nothing but the gradient written, no atomics: 14 T D bytes per image (16 with `out`), 10 T^2 D flops.
-// A warp owns 16 or 32 keys and computes the transposes S^T = K Q^T and dP^T = V dO^T. Then P^T and dS^T lie in its
-// registers just as the left operands of dV and dK want them; only dS^T goes through shared memory, in bf16, for dQ.
+// One block a head, nothing but the gradient written, no atomics: 14 T D bytes per image (16 with `out`), 10 T^2 D
+// flops. A warp owns 16 or 32 keys and computes the transposes S^T = K Q^T and dP^T = V dO^T. Then P^T and dS^T lie in
+// its registers just as the left operands of dV and dK want them; only dS^T goes through shared memory, in bf16, for
+// dQ.
 //
 // short: the scores of 16 keys against all queries stay in registers. So delta is summed here, over the warps, `out` is
 // not read, and dS^T takes the place of the values, which have been turned into operands by then.
@@ -112,7 +113,8 @@ template <int T, int HD> DEV void backward_short(const BackwardParams<bf16>& p) 
 }
 
 // A warp owns KT tiles of 16 keys.
-template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP> DEV void backward_long(const BackwardParams<bf16>& p) {
+template <int T, int HD, int WARPS, int KT, int CHUNK, bool KEEP>
+DEV void backward_long(const BackwardParams<bf16>& p) {
   constexpr int ROWS = round_up(T, 16), TILES = ROWS / 16, KEYS = WARPS * KT * 16;
   static_assert(KEYS >= ROWS && KEYS - ROWS < KT * 16, "each warp has keys, the last one perhaps a tile of padding");
   const Tile<HD> q{dynamic_shared()}, g{q.base + Tile<HD>::bytes(ROWS)}, k{g.base + Tile<HD>::bytes(ROWS)};

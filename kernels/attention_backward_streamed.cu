@@ -1,7 +1,7 @@
 // attention_backward_streamed.cu - gradient of attention for any T, in two passes (see attention_backward.cu for the
-// formulas). `query`: a block owns queries, walks through keys and values, and makes dQ and, first of all, delta. `key`,
-// launched after it: a block owns keys, walks through queries and makes dK and dV. The scores are formed in both, seven
-// products instead of five: the price of sums in a fixed order without atomics.
+// formulas). `query`: a block owns queries, walks through keys and values, and makes dQ and, first of all, delta.
+// `key`, launched after it: a block owns keys, walks through queries and makes dK and dV. The scores are formed in
+// both, seven products instead of five: the price of sums in a fixed order without atomics.
 #include "attention/backward.cuh"
 
 namespace attention {
@@ -98,7 +98,8 @@ template <int HD, int MT> DEV void backward_query(const BackwardParams<bf16>& p)
     __syncthreads();
   }
 #pragma unroll
-  for (int i = 0; i < MT; i++) store_part(head, 0, p.grad_qkv, first + row + i * 16, q, row + i * 16, dq[i], p.scale_log2 * LN2);
+  for (int i = 0; i < MT; i++)
+    store_part(head, 0, p.grad_qkv, first + row + i * 16, q, row + i * 16, dq[i], p.scale_log2 * LN2);
 }
 
 // A warp owns KT tiles of 16 keys.

@@ -1,7 +1,8 @@
 // attention_f32.cu - attention and its gradient in f32 throughout, to hold the bf16 kernels and other devices against.
 //
-// Plain rather than fast: a warp owns a row. Its lanes share the other side's rows for the products, put the results into
-// shared memory, and then share the columns for the weighted sums. Keys, values and their like come from the caches.
+// Plain rather than fast: a warp owns a row. Its lanes share the other side's rows for the products, put the results
+// into shared memory, and then share the columns for the weighted sums. Keys, values and their like come from the
+// caches.
 #include "attention/common.cuh"
 
 namespace attention {
@@ -43,9 +44,13 @@ struct Work {
       : row(blockIdx.x % ceil_div(p.tokens, WARPS) * WARPS + warp_id()),
         head(p, blockIdx.x / ceil_div(p.tokens, WARPS)),
         shared(dynamic_shared() + warp_id() * numbers * p.tokens * 4) {}
-  DEV Rows part(Global<const float> qkv, int part) const { return {head.part(qkv, part), head.qkv_stride(), head.head_dim}; }
+  DEV Rows part(Global<const float> qkv, int part) const {
+    return {head.part(qkv, part), head.qkv_stride(), head.head_dim};
+  }
   DEV Rows rows(Global<const float> out) const { return {head.rows(out), head.out_stride(), head.head_dim}; }
-  DEV Global<float> grad(Global<float> grad_qkv, int part) const { return head.part(grad_qkv, part) + row * head.qkv_stride(); }
+  DEV Global<float> grad(Global<float> grad_qkv, int part) const {
+    return head.part(grad_qkv, part) + row * head.qkv_stride();
+  }
 };
 
 DEV void forward_f32(const ForwardParams<float>& p) {
@@ -75,7 +80,8 @@ DEV void forward_f32(const ForwardParams<float>& p) {
 DEV void backward_query_f32(const BackwardParams<float>& p) {
   const Work w(p, 1);
   if (w.row >= p.tokens) return;
-  const Rows q = w.part(p.qkv, 0), k = w.part(p.qkv, 1), v = w.part(p.qkv, 2), g = w.rows(p.grad_out), o = w.rows(p.out);
+  const Rows q = w.part(p.qkv, 0), k = w.part(p.qkv, 1), v = w.part(p.qkv, 2);
+  const Rows g = w.rows(p.grad_out), o = w.rows(p.out);
   float delta = 0.f;
   for (int d = lane_id(); d < p.head_dim; d += 32) delta = fma3(load(g[w.row], d), load(o[w.row], d), delta);
   delta = warp_sum(delta);

@@ -14,7 +14,8 @@
 namespace attention {
 
 // Turns scores of 16 queries by 8 keys into weights, half a left operand. m is the row maxima times scale_log2.
-DEV void weigh(float (&s)[4], float scale_log2, const float (&m)[2], float (&sum)[2], uint32_t& upper, uint32_t& lower) {
+DEV void weigh(float (&s)[4], float scale_log2, const float (&m)[2], float (&sum)[2], uint32_t& upper,
+               uint32_t& lower) {
 #pragma unroll
   for (int e = 0; e < 4; e++) {
     s[e] = ex2(fma3(s[e], scale_log2, -m[e / 2]));

@@ -31,8 +31,8 @@ DEV void load_grad_out(Tile<COLS> tile, uint32_t delta, const BackwardParams<bf1
   }
 }
 
-// A warp's KT tiles of 16 keys, from row `first` of two tiles of keys and values, and their gradients. KEEP: as operands
-// they stay in registers, else they are read again for every 16 queries.
+// A warp's KT tiles of 16 keys, from row `first` of two tiles of keys and values, and their gradients. KEEP: as
+// operands they stay in registers, else they are read again for every 16 queries.
 template <int HD, int KT, bool KEEP> struct Keys {
   Tile<HD> k, v;
   int first;
@@ -82,9 +82,11 @@ template <int HD, int KT, bool KEEP> struct Keys {
   }
 
   // Adds what 16 queries give to dK and dV, and yields their dS^T as a left operand. q and g hold the queries and their
-  // grad_out from `row` on; lse (base 2) and delta are the addresses of their statistics. Rows of padded keys hold nonsense,
-  // even NaN: a padded key scores 0, and 2^-lse may be infinite. The order of the products keeps few numbers alive.
-  DEV void meet(Tile<HD> q, Tile<HD> g, int row, uint32_t lse, uint32_t delta, float scale_log2, uint32_t (&dst)[KT][4]) {
+  // grad_out from `row` on; lse (base 2) and delta are the addresses of their statistics. Rows of padded keys hold
+  // nonsense, even NaN: a padded key scores 0, and 2^-lse may be infinite. The order of the products keeps few numbers
+  // alive.
+  DEV void meet(Tile<HD> q, Tile<HD> g, int row, uint32_t lse, uint32_t delta, float scale_log2,
+                uint32_t (&dst)[KT][4]) {
     const int at = (lane_id() & 3) * 8;
     float s[KT][2][4] = {}, dp[KT][2][4] = {};
     uint32_t pt[KT][4];

@@ -1,8 +1,9 @@
-// common.cuh - what the attention kernels share: their parameters, tiles in shared memory, operands of the tensor cores.
+// common.cuh - what the attention kernels share: their parameters, tiles in shared memory, operands of the tensor
+// cores.
 //
-// qkv is (B, T, 3 D) and out (B, T, D), head h of a part in columns h HD..(h + 1) HD: a head's rows are read and written
-// where they lie, with a stride, and nothing is ever transposed in memory. One block serves one head of one image, or a
-// slice of it; blocks are numbered along grid.x alone, because B NH may pass the 65535 of the other two.
+// qkv is (B, T, 3 D) and out (B, T, D), head h of a part in columns h HD..(h + 1) HD: a head's rows are read and
+// written where they lie, with a stride, and nothing is ever transposed in memory. One block serves one head of one
+// image, or a slice of it; blocks are numbered along grid.x alone, because B NH may pass the 65535 of the other two.
 #pragma once
 #include "../common/ptx.cuh"
 
@@ -69,9 +70,8 @@ template <int COLS> struct Tile {
   uint32_t base;
 
   static DEV constexpr int bytes(int rows) { return rows * COLS * 2; }
-  DEV uint32_t at(uint32_t row, uint32_t chunk) const {
-    return base + row * COLS * 2 + ((chunk ^ (row / (8 / PERIOD) % PERIOD)) << 4);
-  }
+  static DEV constexpr uint32_t place(uint32_t row, uint32_t chunk) { return chunk ^ (row / (8 / PERIOD) % PERIOD); }
+  DEV uint32_t at(uint32_t row, uint32_t chunk) const { return base + row * COLS * 2 + (place(row, chunk) << 4); }
   DEV void a(uint32_t (&f)[4], int row, int chunk SITE) const {
     const int l = lane_id();
     ldmatrix_x4(f, at(row + (l & 15), chunk + (l >> 4)) LINE);
@@ -100,6 +100,20 @@ DEV void load_rows(Tile<COLS> tile, Global<const bf16> from, int stride, int row
     cp_async16(tile.at(r, c), inside ? from + (r * stride + c * 8) : from, inside ? 16 : 0);
   }
 }
+
+// Whether each chunk of 8 neighbouring rows fills all banks, which hold 8 chunks.
+template <int COLS> constexpr bool has_no_conflicts() {
+  for (int row = 0; row < 32; row += 8)
+    for (int chunk = 0; chunk < COLS / 8; chunk++) {
+      int banks = 0;
+      for (int i = 0; i < 8; i++) banks |= 1 << ((row + i) * COLS / 8 + Tile<COLS>::place(row + i, chunk)) % 8;
+      if (banks != 255) return false;
+    }
+  return true;
+}
+static_assert(has_no_conflicts<16>() && has_no_conflicts<32>() && has_no_conflicts<48>() && has_no_conflicts<64>() &&
+              has_no_conflicts<80>() && has_no_conflicts<96>() && has_no_conflicts<112>() && has_no_conflicts<128>() &&
+              has_no_conflicts<144>());
 
 // acc += 16 rows of a tile, from `row` on, times the first 8 LIVE rows of another, transposed.
 template <int LIVE, int HD> DEV void scores(float (&acc)[LIVE][4], Tile<HD> rows, int row, Tile<HD> columns) {
