@@ -188,6 +188,33 @@ macro_rules! common {
 common!(TensorRef);
 common!(TensorMut);
 
+/// Judges a view of somebody else's memory, and gives its shape: up to four dimensions, no more bytes than an address space
+/// has, an address that is neither null nor between elements.
+fn expect_raw(ptr: *const u8, dtype: DType, shape: &[usize]) -> Result<Shape> {
+    let refuse = |why: String| Err(Error::invalid("tensor: data", why));
+    if shape.len() > 4 {
+        let expected = "at most four dimensions".into();
+        return Err(Error::Shape { op: "tensor", arg: "shape", expected, found: shape.to_vec() });
+    }
+    let elems = shape.iter().try_fold(1usize, |elems, &extent| elems.checked_mul(extent));
+    let bytes = elems.and_then(|elems| elems.checked_mul(dtype.size_bytes()));
+    if bytes.is_none_or(|bytes| ptr.addr().checked_add(bytes).is_none_or(|end| end > MOST_BYTES)) {
+        let expected = "no more bytes than there are addresses".into();
+        return Err(Error::Shape { op: "tensor", arg: "shape", expected, found: shape.to_vec() });
+    }
+    if ptr.is_null() && elems != Some(0) {
+        return refuse("is null".into());
+    }
+    if !ptr.addr().is_multiple_of(dtype.size_bytes()) {
+        let (at, size) = (ptr.addr(), dtype.size_bytes());
+        return refuse(format!("is at address {at:#x}; {dtype:?} lies at a multiple of {size}"));
+    }
+    Ok(Shape::from(shape))
+}
+
+/// Most bytes of a slice.
+const MOST_BYTES: usize = isize::MAX as usize;
+
 fn expect_len(len: usize, shape: &Shape) -> Result<()> {
     if len == shape.elems() {
         return Ok(());
@@ -359,7 +386,34 @@ mod memory {
     // SAFETY: a shared `&TensorMut` only reads.
     unsafe impl Sync for TensorMut<'_> {}
 
+    /// A slice of no elements may not be null, a foreign tensor of none often is.
+    fn host_ptr(ptr: *mut u8, shape: &Shape) -> *mut u8 {
+        let nowhere = std::ptr::without_provenance_mut(ALIGN_BYTES);
+        if shape.elems() == 0 { nowhere } else { ptr }
+    }
+
     impl<'a> TensorRef<'a> {
+        /// A view of somebody else's memory: a framework's tensor, say. `place` is the device's that the memory is for.
+        ///
+        /// # Errors
+        /// [`Error::Shape`] for more than four dimensions or more bytes than there are addresses; [`Error::Invalid`] for a
+        /// null or misaligned address.
+        ///
+        /// # Safety
+        /// * `ptr` leads to `shape` elements of `dtype` in `place`, row-major without gaps, initialised if on the host;
+        /// * for `'a` they live, and nobody writes them. On a GPU that is until the work enqueued with the view is done, unless
+        ///   who frees or writes them is ordered after it on the same stream.
+        pub unsafe fn from_raw(
+            place: Place,
+            ptr: *const u8,
+            dtype: DType,
+            shape: &[usize],
+        ) -> Result<Self> {
+            let shape = expect_raw(ptr, dtype, shape)?;
+            // SAFETY: promised by the caller.
+            Ok(unsafe { Self::from_parts(host_ptr(ptr.cast_mut(), &shape), shape, dtype, place) })
+        }
+
         /// A view of memory that need not be the host's.
         ///
         /// # Safety
@@ -375,6 +429,24 @@ mod memory {
     }
 
     impl<'a> TensorMut<'a> {
+        /// As [`TensorRef::from_raw`], writable.
+        ///
+        /// # Errors
+        /// As [`TensorRef::from_raw`].
+        ///
+        /// # Safety
+        /// As for [`TensorRef::from_raw`], and for `'a` nobody else reads them either.
+        pub unsafe fn from_raw(
+            place: Place,
+            ptr: *mut u8,
+            dtype: DType,
+            shape: &[usize],
+        ) -> Result<Self> {
+            let shape = expect_raw(ptr, dtype, shape)?;
+            // SAFETY: promised by the caller.
+            Ok(unsafe { Self::from_parts(host_ptr(ptr, &shape), shape, dtype, place) })
+        }
+
         /// A view of memory that need not be the host's.
         ///
         /// # Safety
@@ -418,6 +490,25 @@ mod tests {
     fn a_view_refuses_a_shape_of_another_size() {
         let err = TensorRef::new(&[0f32; 6], &[2, 4]).unwrap_err();
         assert!(matches!(err, Error::Shape { .. }), "{err}");
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "what is under test")]
+    fn a_view_of_foreign_memory_is_judged_before_it_is_made() {
+        let data = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let (ptr, host) = (data.as_ptr().cast::<u8>(), Place::Host);
+        // SAFETY: whatever is asked for more than `data` or of another address is refused.
+        let view =
+            |ptr, shape: &[usize]| unsafe { TensorRef::from_raw(host, ptr, DType::F32, shape) };
+        assert_eq!(view(ptr, &[2, 3]).unwrap().as_slice::<f32>(), data);
+        assert!(view(std::ptr::null(), &[0, 3]).unwrap().as_slice::<f32>().is_empty());
+        let refused = |ptr: *const u8, shape: &[usize]| view(ptr, shape).unwrap_err().to_string();
+        assert_eq!(refused(std::ptr::null(), &[2, 3]), "`tensor: data` is null");
+        assert!(refused(ptr.wrapping_add(2), &[1]).contains("F32 lies at a multiple of 4"));
+        assert!(refused(ptr, &[1; 5]).contains("at most four dimensions"));
+        for huge in [[usize::MAX, 2], [1 << 62, 1], [1 << 60, 2]] {
+            assert!(refused(ptr, &huge).contains("no more bytes than there are addresses"));
+        }
     }
 
     #[test]
