@@ -100,6 +100,18 @@ impl Gpu {
         Ok(Self::new(Arc::new(driver)))
     }
 
+    /// The same GPU with another stream: what was made with one can be used with the other.
+    ///
+    /// # Errors
+    /// As [`nvidia_with_stream`](Self::nvidia_with_stream).
+    ///
+    /// # Safety
+    /// As for [`nvidia_with_stream`](Self::nvidia_with_stream).
+    #[expect(unsafe_code, reason = "trusts a pointer")]
+    pub unsafe fn on_stream(&self, _stream: *mut std::ffi::c_void) -> Result<Self> {
+        Ok(self.clone())
+    }
+
     /// How matrix products seen so far are computed, as bytes for [`load_matmul_plans`](Self::load_matmul_plans).
     #[must_use]
     pub fn matmul_plans(&self) -> Vec<u8> {
