@@ -30,19 +30,17 @@ use report::{Report, Row};
 use workload::{LSMAE, Precision, SMALL64, TINY, VIT_B, VIT_H, VIT_L, Workload};
 
 /// The networks, with the images of a batch on a GPU and on the CPU.
-const NETWORKS: [(Workload, usize, usize); 5] = [
-    (SMALL64, 4096, 64),
-    (VIT_B, 1024, 4),
-    (VIT_L, 512, 4),
-    (VIT_H, 256, 2),
-    (LSMAE, 256, 1),
-];
+const NETWORKS: [(Workload, usize, usize); 5] =
+    [(SMALL64, 4096, 64), (VIT_B, 1024, 4), (VIT_L, 512, 4), (VIT_H, 256, 2), (LSMAE, 256, 1)];
 /// On the CPU, ops that only move numbers take so many times the images, or the caches would hold them.
 const MOVED_ON_CPU: usize = 16;
 
 fn main() {
     let mut bench = Bench::new();
-    println!("{}", bench.place());
+    match &bench.dev {
+        Device::Cuda(gpu) => println!("on {}", gpu.properties().name),
+        _ => println!("on the CPU: no GPU is timed, and batches are small"),
+    }
     ops::bench(&mut bench);
     step::bench(&mut bench);
     data::bench(&mut bench);
@@ -130,18 +128,6 @@ impl Bench {
         }
     }
 
-    /// The device in words.
-    fn place(&self) -> String {
-        match &self.dev {
-            Device::Cuda(gpu) => format!("on {}", gpu.properties().name),
-            _ => format!(
-                "on the CPU, {} with {} threads: no GPU is timed, batches are small",
-                report::cpu_name(),
-                rayon::current_num_threads()
-            ),
-        }
-    }
-
     /// The dtype of tensors in a precision.
     fn dtype(&self, precision: Precision) -> DType {
         precision.on(&self.dev).1
@@ -185,7 +171,7 @@ impl Bench {
             direction: case.direction.into(),
             shape: case.shape.into(),
             batch: case.batch,
-            precision,
+            precision: name(precision),
             took,
             images_per_second: None,
             cost: Some(case.cost),
@@ -228,7 +214,12 @@ impl Bench {
         if self.rows.is_empty() {
             return;
         }
-        let report = Report { device: self.place(), peaks, rows: self.rows };
+        let rows = peaks.rows.iter().cloned().chain(self.rows);
+        let rows = rows.map(|row| {
+            let roofs = peaks.of(row.precision);
+            (row, roofs)
+        });
+        let report = Report { environment: environment(&self.dev), rows: rows.collect() };
         println!("\n{}", report.table());
         let folder = self.criterion_folder.with_file_name("bench");
         for path in report.write(&folder).unwrap() {
@@ -237,17 +228,37 @@ impl Bench {
     }
 }
 
-/// Time of so many runs.
+/// Time of so many runs: a GPU's own, or wall time.
 fn elapsed(dev: &Device, times: u64, mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
-    let wait = || match dev {
-        Device::Cuda(gpu) => gpu.synchronize(),
-        _ => Ok(()),
-    };
-    wait()?;
     let start = Instant::now();
-    (0..times).try_for_each(|_| run())?;
-    wait()?;
-    Ok(start.elapsed())
+    let mut runs = || (0..times).try_for_each(|_| run());
+    match dev {
+        Device::Cuda(gpu) => gpu.time(runs),
+        _ => runs().map(|()| start.elapsed()),
+    }
+}
+
+/// What a record must say about the run.
+fn environment(dev: &Device) -> Vec<(&'static str, String)> {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let cpu = cpu.map_or(std::env::consts::ARCH, |(_, name)| name);
+    let mut lines = vec![
+        ("pixmim", pixmim::VERSION.to_owned()),
+        ("rustc", pixmim::RUSTC.to_owned()),
+        ("cpu", format!("{cpu}, {} threads", rayon::current_num_threads())),
+    ];
+    match dev {
+        Device::Cuda(gpu) => {
+            lines.push(("device", gpu.properties().name.clone()));
+            #[cfg(feature = "cuda")]
+            if let Ok(found) = pixmim::cuda::probe::probe() {
+                lines.extend(found.to_string().lines().map(|line| ("found", line.to_owned())));
+            }
+        }
+        _ => lines.push(("device", "cpu".into())),
+    }
+    lines
 }
 
 /// Where criterion writes: `CRITERION_HOME`, or below the folder that cargo built this program into.

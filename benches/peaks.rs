@@ -8,17 +8,13 @@ use pixmim::{DType, Device, Result};
 use rayon::prelude::*;
 
 use crate::inputs::Inputs;
-use crate::workload::Precision;
-use crate::{PRECISIONS, elapsed};
+use crate::report::Row;
+use crate::{PRECISIONS, elapsed, name};
 
 /// The roofs of a device.
 pub(crate) struct Measured {
-    /// Bytes of each of the two tensors of the copy.
-    pub(crate) copied_bytes: usize,
-    pub(crate) bytes_per_second: f64,
-    /// Side of the matrices.
-    pub(crate) side: usize,
-    pub(crate) flops_per_second: [(Precision, f64); 2],
+    /// As they stand in the record: the copy, and the product in each precision.
+    pub(crate) rows: Vec<Row>,
 }
 
 impl Measured {
@@ -30,20 +26,39 @@ impl Measured {
             _ => (256 << 20, 2048),
         };
         let on = Inputs { dev, dtype: DType::F32, noise };
-        let bytes_per_second = 2.0 * copied_bytes as f64 / copy(&on, copied_bytes).as_secs_f64();
-        let flops_per_second = PRECISIONS.map(|precision| {
+        let row = |direction: &str, shape, precision, cost, took| Row {
+            op: "peak".into(),
+            direction: direction.into(),
+            shape,
+            batch: 1,
+            precision,
+            took,
+            images_per_second: None,
+            cost: Some(cost),
+        };
+        let work = cost::cast_forward([DType::U8; 2], copied_bytes);
+        let mib = format!("{} MiB", copied_bytes >> 20);
+        let mut rows = vec![row("copy", mib, "u8", work, copy(&on, copied_bytes))];
+        for precision in PRECISIONS {
             let (dev, dtype) = precision.on(dev);
-            let (took, work) = product(&Inputs { dev: &dev, dtype, noise }, side);
-            (precision, work.flops as f64 / took.as_secs_f64())
-        });
-        Self { copied_bytes, bytes_per_second, side, flops_per_second }
+            let work = cost::linear_forward(dtype, [side; 3], false);
+            let took = product(&Inputs { dev: &dev, dtype, noise }, side);
+            rows.push(row("product", side.to_string(), name(precision), work, took));
+        }
+        Self { rows }
     }
 
-    /// The roofs of work whose products are in this precision.
-    pub(crate) fn of(&self, precision: Precision) -> Peaks {
-        let found = self.flops_per_second.iter().find(|(known, _)| *known == precision);
-        let (_, flops_per_second) = *found.expect("there is no other precision");
-        Peaks { bytes_per_second: self.bytes_per_second, flops_per_second }
+    /// The roofs of work whose products are in this precision; of work that has none, those of f32.
+    pub(crate) fn of(&self, precision: &str) -> Peaks {
+        let per_second = |row: &Row, amount: fn(Cost) -> u64| {
+            amount(row.cost.expect("given above")) as f64 / row.took.as_secs_f64()
+        };
+        let [copy, f32, bf16] = &self.rows[..] else { unreachable!("a copy and two products") };
+        let product = if precision == bf16.precision { bf16 } else { f32 };
+        Peaks {
+            bytes_per_second: per_second(copy, |cost| cost.bytes),
+            flops_per_second: per_second(product, |cost| cost.flops),
+        }
     }
 }
 
@@ -63,11 +78,11 @@ fn copy(on: &Inputs<'_>, bytes: usize) -> Duration {
     })
 }
 
-fn product(on: &Inputs<'_>, side: usize) -> (Duration, Cost) {
+fn product(on: &Inputs<'_>, side: usize) -> Duration {
     let (dtype, square) = (on.dtype, [side, side]);
     let (inp, weight) = (on.random(dtype, &square), on.random(dtype, &square));
     let (bias, mut out) = (on.zeros(dtype, &[side]), on.zeros(dtype, &square));
-    let took = median(on.dev, || {
+    median(on.dev, || {
         linear::forward(
             on.dev,
             Forward {
@@ -78,8 +93,7 @@ fn product(on: &Inputs<'_>, side: usize) -> (Duration, Cost) {
                 epilogue: Epilogue::None,
             },
         )
-    });
-    (took, cost::linear_forward(dtype, [side; 3], false))
+    })
 }
 
 /// Median of ten runs, after three that do not count.

@@ -77,16 +77,18 @@ fn ops() -> Vec<String> {
 }
 
 #[test]
-fn every_op_has_a_row_tests_and_benches() {
+fn every_op_has_a_row_a_cost_tests_and_benches() {
     let table = read("src/ops/mod.rs");
     let readme = read("README.md");
-    let mains = ["tests/ops/main.rs", "benches/ops/main.rs"].map(|main| (main, read(main)));
+    let mains = ["tests/ops/main.rs", "benches/ops/mod.rs"].map(|main| (main, read(main)));
+    let costs = read("src/ops/cost.rs");
     for op in ops() {
         assert!(table.contains(&format!("//! | [`{op}`] |")), "{op} has no row in src/ops/mod.rs");
         assert!(table.contains(&format!("pub mod {op};")), "{op} is no module of src/ops/mod.rs");
         assert!(readme.contains(&format!("| `{op}` |")), "{op} has no row in README.md");
+        assert!(costs.contains(&format!("pub fn {op}_")), "{op} has no cost in src/ops/cost.rs");
         for (main, text) in &mains {
-            let stem = main.replace("main", &op);
+            let stem = main.replace("main", &op).replace("mod", &op);
             assert!(root().join(&stem).is_file(), "{op} has no {stem}");
             assert!(text.contains(&format!("mod {op};")), "{main} leaves out {op}");
         }

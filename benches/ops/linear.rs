@@ -11,8 +11,7 @@ pub(crate) fn bench(bench: &mut Bench) {
     for w in bench.networks.clone() {
         for stack in stacks(&w) {
             let hidden = w.config.mlp_ratio * stack.dim;
-            for (layer, inputs, outputs) in
-                [("fc1", stack.dim, hidden), ("fc2", hidden, stack.dim)]
+            for (layer, inputs, outputs) in [("fc1", stack.dim, hidden), ("fc2", hidden, stack.dim)]
             {
                 bench_layer(bench, &w, &stack, layer, [inputs, outputs]);
             }

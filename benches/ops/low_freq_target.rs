@@ -1,4 +1,4 @@
-//! The low-pass filter over whole crops: as training in the device's precision has it, and exact. On the CPU they are one.
+//! The low-pass filter over whole crops, as training in each precision has it: on a GPU exact in f32 and fast in bf16.
 
 use pixmim::ops::cost;
 use pixmim::ops::low_freq_target::{self, Filter, Forward, workspace_bytes};
@@ -6,23 +6,23 @@ use pixmim::{DType, Device};
 
 use super::has_own_decoder;
 use crate::inputs::Masks;
-use crate::workload::MEAN_STD;
-use crate::{Bench, Case};
+use crate::workload::{MEAN_STD, Precision};
+use crate::{Bench, Case, PRECISIONS};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let dtype = bench.dtype(bench.precision);
-    let pixel_dtype = if let Device::Cuda(_) = bench.dev { DType::U8 } else { dtype };
     for w in bench.networks.clone().into_iter().filter(has_own_decoder) {
         let (batch, kept, radius) = (w.images, w.kept(), w.radius());
         let (side, patch_size) = (w.config.image_size, w.config.patch_size);
         let (masked, numbers) = (w.config.patches() - kept, w.config.patch_numbers());
-        for (direction, exact) in [("forward", false), ("forward exact", true)] {
+        for precision in PRECISIONS {
+            let (dtype, exact) = (bench.dtype(precision), precision == Precision::F32);
+            let pixel_dtype = if let Device::Cuda(_) = bench.dev { DType::U8 } else { dtype };
             let case = Case {
                 op: "low_freq_target",
-                direction,
+                direction: "forward",
                 shape: w.name,
                 batch,
-                precision: None,
+                precision: Some(precision),
                 cost: cost::low_freq_target_forward(
                     [pixel_dtype, dtype.wide()],
                     [batch, side, patch_size, kept],

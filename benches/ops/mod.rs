@@ -52,8 +52,7 @@ struct Stack {
 
 fn stacks(w: &Workload) -> Vec<Stack> {
     let (tokens, config) = (1 + w.kept(), w.config);
-    let mut stacks =
-        vec![Stack { name: "encoder", tokens, dim: config.dim, heads: config.heads }];
+    let mut stacks = vec![Stack { name: "encoder", tokens, dim: config.dim, heads: config.heads }];
     if has_own_decoder(w) {
         let tokens = 1 + config.patches();
         let (dim, heads) = (config.decoder_dim, config.decoder_heads);

@@ -27,8 +27,7 @@ pub(crate) fn bench(bench: &mut Bench) {
                 let (bias, cls_token) = (on.random(dtype, &[dim]), on.random(dtype, &[dim]));
                 let pos_embed = on.random(dtype, &[1 + patches, dim]);
                 let mut out = on.zeros(dtype, &[batch, 1 + kept, dim]);
-                let mut workspace =
-                    on.workspace(workspace_bytes(on.dev, dtype, batch, kept, dim));
+                let mut workspace = on.workspace(workspace_bytes(on.dev, dtype, batch, kept, dim));
                 move |dev| {
                     patch_embed::forward(
                         dev,
@@ -59,8 +58,7 @@ pub(crate) fn bench(bench: &mut Bench) {
                 let mut grad_weight = on.zeros(dtype.wide(), &[dim, numbers]);
                 let mut grad_bias = on.zeros(dtype.wide(), &[dim]);
                 let mut grad_cls_token = on.zeros(dtype.wide(), &[dim]);
-                let mut workspace =
-                    on.workspace(workspace_bytes(on.dev, dtype, batch, kept, dim));
+                let mut workspace = on.workspace(workspace_bytes(on.dev, dtype, batch, kept, dim));
                 move |dev| {
                     patch_embed::backward(
                         dev,

@@ -59,10 +59,7 @@ impl Cost {
 
     /// Seconds that the bytes and the operations take at the peaks.
     fn least_seconds(self, peaks: Peaks) -> [f64; 2] {
-        [
-            self.bytes as f64 / peaks.bytes_per_second,
-            self.flops as f64 / peaks.flops_per_second,
-        ]
+        [self.bytes as f64 / peaks.bytes_per_second, self.flops as f64 / peaks.flops_per_second]
     }
 
     /// So many elements of a dtype, moved once.

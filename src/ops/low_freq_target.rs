@@ -111,7 +111,9 @@ impl Filter {
         }
         let keep = frequencies
             .iter()
-            .flat_map(|&u| frequencies.iter().map(move |&v| f64::from(is_kept(size, radius, [u, v]))))
+            .flat_map(|&u| {
+                frequencies.iter().map(move |&v| f64::from(is_kept(size, radius, [u, v])))
+            })
             .collect();
         let f32 = Table::new(size, &frequencies, |x| x as f32);
         let tables = match dev {
