@@ -134,11 +134,11 @@ impl Report {
             })
             .collect();
         let (height, full) = (TOP + LINE * drawn.len() + 12, LEFT + WHOLE);
-        let title = self.environment.iter().map(|(name, value)| format!("{name} {value}"));
-        let title = escape(&title.collect::<Vec<_>>().join(" · "));
+        let shown = self.environment.iter().filter(|(name, _)| *name != "found");
+        let run: Vec<_> = shown.map(|(name, value)| format!("{name} {value}")).collect();
+        let run = escape(&run.join(" · "));
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 960 {height}\" role=\"img\">\n\
-             <title>{title}</title>\n\
              <style>\n\
              text {{ font: 11px sans-serif; fill: #222 }} .end {{ text-anchor: end }}\n\
              .memory {{ fill: #3574b8 }} .compute {{ fill: #c26a2e }} line {{ stroke: #888 }}\n\
@@ -148,7 +148,9 @@ impl Report {
              <text x=\"12\" y=\"18\">Share of what this machine reaches: of a copy \
              <tspan class=\"memory\">(memory)</tspan>, or of a large product \
              <tspan class=\"compute\">(compute)</tspan>, whichever is nearer</text>\n\
-             <text class=\"end\" x=\"{full}\" y=\"36\">100 %</text>\n"
+             <text x=\"12\" y=\"36\">{run}</text>\n\
+             <text class=\"end\" x=\"{}\" y=\"36\">100 %</text>\n",
+            full + 36.0
         );
         for (index, (row, roof, share)) in drawn.into_iter().enumerate() {
             let top = TOP + LINE * index;

@@ -1,7 +1,5 @@
 //! How `cargo bench` prints and keeps its rows.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 #[path = "../benches/report.rs"]
 mod report;
 
