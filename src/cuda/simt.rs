@@ -1,7 +1,7 @@
 //! The host executor as a driver: kernels run to their end at the launch, products on the CPU.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -267,6 +267,16 @@ fn multiply(product: &Matmul) -> Result<()> {
 impl Driver for Simt {
     fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    #[expect(unsafe_code, reason = "the signature")]
+    unsafe fn on_stream(&self, _stream: *mut c_void) -> Result<Option<Arc<dyn Driver>>> {
+        Ok(None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn context(&self) -> Option<usize> {
+        None
     }
 
     fn plans(&self) -> Vec<u8> {
