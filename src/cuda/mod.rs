@@ -95,7 +95,7 @@ impl Gpu {
 
     /// The same GPU with somebody else's stream, such as PyTorch's current one: tensors, filters and kernels are common to
     /// both, and products are computed the same way. Takes little time; the first product takes 32 MiB of workspace.
-    /// The host executor has no streams, and gives itself.
+    /// Dropping its last clone waits for all work of the GPU. The host executor has no streams, and gives itself.
     ///
     /// While the stream's owner is capturing it (as PyTorch's CUDA graphs do), ops, [`Device::copy`](crate::Device::copy) and
     /// [`clear`](crate::Device::clear) are captured with it. Products must have been computed once before, on any stream.

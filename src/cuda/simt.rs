@@ -380,3 +380,36 @@ impl Graph for Recording {
         self.commands.iter().try_for_each(|command| run(command, self.options))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Gpu;
+
+    #[test]
+    #[expect(unsafe_code, reason = "calls an unsafe function")]
+    fn on_any_stream_it_is_itself() {
+        let gpu = Gpu::simt(SimtOptions::default()).unwrap();
+        // SAFETY: null is a stream.
+        let other = unsafe { gpu.on_stream(std::ptr::null_mut()) }.unwrap();
+        assert_eq!(gpu.place(), other.place());
+        let recording = other.record(|| {
+            assert!(gpu.record(|| Ok(())).is_err(), "one recording for both");
+            Ok(())
+        });
+        recording.unwrap().replay().unwrap();
+    }
+
+    #[test]
+    fn time_is_that_of_the_calls() {
+        let gpu = Gpu::simt(SimtOptions::default()).unwrap();
+        let pause = Duration::from_millis(2);
+        let time = gpu.time(|| {
+            std::thread::sleep(pause);
+            Ok(())
+        });
+        assert!(time.unwrap() >= pause);
+        let error = gpu.record(|| gpu.time(|| Ok(())).map(drop)).unwrap_err().to_string();
+        assert!(error.contains("being recorded"), "{error}");
+    }
+}
