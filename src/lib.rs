@@ -10,7 +10,6 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod ops;
-pub mod rng;
 pub mod tensor;
 
 pub mod model;
@@ -25,6 +24,7 @@ pub use cuda::Gpu;
 pub use device::{Cpu, Device, Place, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use pixmim_scalar::{self as scalar, rng};
 pub use tensor::{TensorMut, TensorRef};
 
 /// Version of the crate and commit it was built from.
