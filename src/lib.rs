@@ -14,6 +14,9 @@ pub mod tensor;
 
 pub mod model;
 
+#[cfg(feature = "candle")]
+pub mod candle;
+
 #[cfg(feature = "train")]
 pub mod data;
 #[cfg(feature = "train")]
