@@ -10,10 +10,12 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod ops;
-pub mod rng;
 pub mod tensor;
 
 pub mod model;
+
+#[cfg(feature = "candle")]
+pub mod candle;
 
 #[cfg(feature = "train")]
 pub mod data;
@@ -29,6 +31,7 @@ pub use cudarc;
 pub use device::{Cpu, Device, Place, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use pixmim_scalar::{self as scalar, rng};
 pub use tensor::{TensorMut, TensorRef};
 
 /// Version of the crate and commit it was built from.
