@@ -3,6 +3,8 @@
 //! Two implementations: `nvidia` (the CUDA driver and cublasLt, loaded at run time) and `simt` (the host executor, which
 //! runs the same kernels compiled for the CPU). All work goes to one stream, in order.
 
+use std::time::Duration;
+
 use crate::{DType, Result};
 
 /// An address in a GPU's memory. Eight bytes in a kernel's parameters; 0 is "none".
@@ -166,6 +168,12 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`Gpu`](crate::Error::Gpu) for what went wrong in that work.
     fn synchronize(&self) -> Result<()>;
+
+    /// How long what `enqueue` enqueues takes, from the end of earlier work to its own. Waits for it. Not while capturing.
+    ///
+    /// # Errors
+    /// Those of `enqueue`; [`Gpu`](crate::Error::Gpu), also for what went wrong in that work.
+    fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration>;
 
     /// From here on launches, products, copies on the device and clears are recorded, not run. The shapes of all products
     /// must have been seen before.

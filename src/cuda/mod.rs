@@ -16,6 +16,7 @@ mod simt;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 pub use driver::{DevPtr, Properties};
 pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
@@ -100,6 +101,18 @@ impl Gpu {
         Ok(Self::new(Arc::new(driver)))
     }
 
+    /// The same GPU with another stream: what was made with one can be used with the other.
+    ///
+    /// # Errors
+    /// As [`nvidia_with_stream`](Self::nvidia_with_stream).
+    ///
+    /// # Safety
+    /// As for [`nvidia_with_stream`](Self::nvidia_with_stream).
+    #[expect(unsafe_code, reason = "trusts a pointer")]
+    pub unsafe fn on_stream(&self, _stream: *mut std::ffi::c_void) -> Result<Self> {
+        Ok(self.clone())
+    }
+
     /// How matrix products seen so far are computed, as bytes for [`load_matmul_plans`](Self::load_matmul_plans).
     #[must_use]
     pub fn matmul_plans(&self) -> Vec<u8> {
@@ -139,6 +152,17 @@ impl Gpu {
     /// [`Error::Gpu`].
     pub fn available_bytes(&self) -> Result<u64> {
         self.driver.available_bytes()
+    }
+
+    /// How long the work that `enqueue` enqueues takes on the device, by its own clock: from the end of what was enqueued
+    /// before to the end of this work, which it waits for. A device that runs out of work waits for the host, and that
+    /// counts: enqueue enough, or replay a [`Recording`]. Exact to about a microsecond. On the host executor, which does
+    /// work as it is enqueued, the time that `enqueue` takes.
+    ///
+    /// # Errors
+    /// Those of `enqueue`, and [`Error::Gpu`] for what went wrong in that work, or while it is being recorded.
+    pub fn time(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.driver.time(Box::new(enqueue))
     }
 
     /// Records the work that `enqueue` enqueues (ops, [`Device::clear`](crate::Device::clear) and

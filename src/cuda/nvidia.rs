@@ -12,6 +12,7 @@ mod kernels;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
@@ -283,6 +284,19 @@ impl Driver for Nvidia {
         self.0.check("finish its work", self.0.stream.synchronize())?;
         self.0.suspects.clear();
         Ok(())
+    }
+
+    fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration> {
+        self.0.context.bind()?;
+        self.0.expect_no_capture("time its work")?;
+        let (start, end) = (Event::timed()?, Event::timed()?);
+        start.record(&self.0.stream).map_err(|error| self.0.blame(error))?;
+        enqueue()?;
+        // The work may have made another GPU's context current.
+        self.0.context.bind()?;
+        end.record(&self.0.stream).map_err(|error| self.0.blame(error))?;
+        self.synchronize()?;
+        Ok(Duration::from_secs_f64(f64::from(end.milliseconds_since(&start)?) / 1e3))
     }
 
     fn begin_capture(&self) -> Result<()> {

@@ -162,7 +162,8 @@ impl Gpu {
     }
 
     /// Why it cannot be used.
-    pub(crate) fn too_old(&self) -> NoGpu {
+    #[must_use]
+    pub fn too_old(&self) -> NoGpu {
         NoGpu::TooOld { name: self.name.clone(), have: self.capability, need: CAPABILITY }
     }
 }

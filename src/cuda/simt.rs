@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -331,6 +332,13 @@ impl Driver for Simt {
 
     fn synchronize(&self) -> Result<()> {
         self.expect_no_recording("finish its work")
+    }
+
+    fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration> {
+        self.expect_no_recording("time its work")?;
+        let start = Instant::now();
+        enqueue()?;
+        Ok(start.elapsed())
     }
 
     fn begin_capture(&self) -> Result<()> {

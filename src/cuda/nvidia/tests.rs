@@ -218,6 +218,26 @@ fn an_error_of_the_gpu_names_the_kernels_before_it() {
 }
 
 #[test]
+fn time_is_that_of_the_work_between() {
+    let Some(gpu) = on_fake("time_is_that_of_the_work_between", &[]) else { return };
+    let memory = gpu.alloc(4, "test").unwrap();
+    let fill = |times| (0..times).try_for_each(|value| fill(&gpu, memory, 1, value));
+    // What comes before and after is not counted; the stand-in's kernel takes a millisecond.
+    fill(5).unwrap();
+    let time = gpu.time(Box::new(|| fill(3))).unwrap();
+    fill(7).unwrap();
+    assert_eq!(time, Duration::from_millis(3));
+    assert_eq!(gpu.time(Box::new(|| Ok(()))).unwrap(), Duration::ZERO);
+
+    let refused = gpu.time(Box::new(|| Err(Error::invalid("work", "is none"))));
+    assert!(matches!(refused, Err(Error::Invalid { .. })), "{refused:?}");
+    let launch = Launch { kernel: "fail", grid: 1, block: 32, shared_bytes: 0, params: &[0; 8] };
+    let error = gpu.time(Box::new(|| gpu.launch(&launch))).unwrap_err().to_string();
+    assert!(error.contains("fail;"), "{error}");
+    gpu.free(memory);
+}
+
+#[test]
 fn a_recording_runs_as_often_as_it_is_replayed_and_outlives_its_gpu() {
     let test = "a_recording_runs_as_often_as_it_is_replayed_and_outlives_its_gpu";
     let Some(gpu) = on_fake(test, &[]) else { return };
@@ -233,6 +253,7 @@ fn a_recording_runs_as_often_as_it_is_replayed_and_outlives_its_gpu() {
         gpu.download(&mut [0; 8], a),
         gpu.alloc(8, "test").map(drop),
         gpu.begin_capture(),
+        gpu.time(Box::new(|| Ok(()))).map(drop),
         gpu.matmul(&Matmul { m: 2, ..matmul.matmul }),
     ] {
         let error = refused.unwrap_err().to_string();

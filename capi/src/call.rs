@@ -1,0 +1,175 @@
+//! The arguments of one call, from what a caller described to views that an op takes.
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::ops::Range;
+
+use pixmim_core::{Device, TensorMut, TensorRef};
+
+use crate::context::{PIXMIM_CPU, pixmim_context};
+use crate::status::{Failure, Outcome, PIXMIM_DEVICE, guard, pixmim_status};
+use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
+
+/// A call while its arguments are read: it remembers which bytes were seen, since what is written may overlap nothing else.
+pub(crate) struct Call<'a> {
+    pub(crate) dev: &'a Device,
+    device: i32,
+    seen: RefCell<Vec<Seen>>,
+}
+
+struct Seen {
+    name: &'static str,
+    bytes: Range<usize>,
+    written: bool,
+}
+
+/// A raw pointer on its way into the context's threads, which the caller waits for.
+struct Sent<T>(T);
+
+// SAFETY: `run` returns once the body is done, so it is as if the caller's thread had run it.
+unsafe impl<T> Send for Sent<T> {}
+
+impl<T> Sent<T> {
+    /// By a method, so that a closure takes the whole and not its field.
+    fn get(self) -> T {
+        self.0
+    }
+}
+
+/// Runs the body of an exported function of a context.
+pub(crate) fn call(
+    context: *const pixmim_context,
+    stream: *mut c_void,
+    body: impl FnOnce(&Call<'_>) -> Outcome,
+) -> pixmim_status {
+    guard(|| {
+        // SAFETY: the header asks of the caller that it came from `pixmim_context_create`.
+        let context = unsafe { pointee("context", context) }?;
+        let body = Sent(body);
+        context.run(stream, move |dev| {
+            let call = Call { dev, device: context.device, seen: RefCell::default() };
+            body.get()(&call)
+        })
+    })
+}
+
+impl Call<'_> {
+    /// Shape and dtype of a tensor, to work out a workspace; its data may be NULL.
+    pub(crate) fn describe(
+        &self,
+        name: &'static str,
+        tensor: *const pixmim_tensor,
+    ) -> Outcome<Described> {
+        // SAFETY: the header asks of the caller that it is NULL or leads to a tensor.
+        unsafe { Described::new(name, tensor) }
+    }
+
+    /// A tensor that the op reads.
+    pub(crate) fn read<'a>(
+        &self,
+        name: &'static str,
+        tensor: *const pixmim_tensor,
+    ) -> Outcome<TensorRef<'a>> {
+        let found = self.expect(name, self.describe(name, tensor)?, false)?;
+        let place = self.dev.place();
+        // SAFETY: the header asks of the caller that `data` leads to such elements until the work is done; `expect` has seen
+        // that nothing of the call writes them.
+        let view = unsafe { TensorRef::from_raw(place, found.data, found.dtype, &found.dims) };
+        view.map_err(|error| named(name, error))
+    }
+
+    /// A tensor that the op writes or updates.
+    pub(crate) fn write<'a>(
+        &self,
+        name: &'static str,
+        tensor: *const pixmim_tensor,
+    ) -> Outcome<TensorMut<'a>> {
+        let found = self.expect(name, self.describe(name, tensor)?, true)?;
+        let place = self.dev.place();
+        // SAFETY: as in `read`; `expect` has seen that no other argument of the call shares a byte with it.
+        let view = unsafe { TensorMut::from_raw(place, found.data, found.dtype, &found.dims) };
+        view.map_err(|error| named(name, error))
+    }
+
+    /// The workspace, if it was given: else only its size is asked for, and told.
+    pub(crate) fn workspace<'a>(
+        &self,
+        workspace: *mut c_void,
+        workspace_bytes: *mut usize,
+        needed: usize,
+    ) -> Outcome<Option<TensorMut<'a>>> {
+        // SAFETY: the header asks of the caller that it leads to a number, which nobody else uses.
+        let bytes = unsafe { pointee_mut("workspace_bytes", workspace_bytes) }?;
+        // Never 0, for which many an allocator gives NULL.
+        let needed = needed.max(1).next_multiple_of(256);
+        if workspace.is_null() {
+            *bytes = needed;
+            return Ok(None);
+        }
+        let found = Described {
+            dtype: pixmim_core::DType::U8,
+            device: self.device,
+            data: workspace.cast(),
+            dims: vec![*bytes],
+        };
+        let found = self.expect("workspace", found, true)?;
+        let place = self.dev.place();
+        // SAFETY: the header asks of the caller that as many bytes are there; `expect` has seen that they are nobody else's.
+        let view = unsafe { TensorMut::from_raw(place, found.data, found.dtype, &found.dims) };
+        view.map(Some).map_err(|error| named("workspace", error))
+    }
+
+    /// Refuses a tensor of another device, and one that overlaps another if either is written.
+    fn expect(&self, name: &'static str, found: Described, written: bool) -> Outcome<Described> {
+        if found.device != self.device {
+            let named = |device: i32| match device {
+                PIXMIM_CPU => "the CPU (-1)".to_owned(),
+                ordinal => format!("GPU {ordinal}"),
+            };
+            let (on, ours) = (named(found.device), named(self.device));
+            let why =
+                format!("`{name}` is on {on}, the context is for {ours}; copy it there first");
+            return Err(Failure::new(PIXMIM_DEVICE, why));
+        }
+        if found.data.is_null() && found.elems() > 0 {
+            return Err(Failure::invalid(name, "has NULL for its data"));
+        }
+        let start = found.data.addr();
+        let bytes = start..start.saturating_add(found.bytes());
+        let mut seen = self.seen.borrow_mut();
+        let overlaps = |other: &&Seen| {
+            (written || other.written)
+                && bytes.start < other.bytes.end
+                && other.bytes.start < bytes.end
+        };
+        if let Some(other) = seen.iter().find(overlaps) {
+            let why = format!("overlaps `{}`, and one of them is written", other.name);
+            return Err(Failure::invalid(name, why));
+        }
+        seen.push(Seen { name, bytes, written });
+        Ok(found)
+    }
+}
+
+/// What is wrong with the memory of an argument, under its own name.
+fn named(name: &str, error: pixmim_core::Error) -> Failure {
+    match error {
+        pixmim_core::Error::Invalid { why, .. } => Failure::invalid(name, why),
+        other => other.into(),
+    }
+}
+
+/// A size given as a number: not negative, and small enough that products of sizes do not overflow.
+pub(crate) fn size(name: &str, value: i64) -> Outcome<usize> {
+    const MOST: usize = 1 << 20;
+    usize::try_from(value)
+        .ok()
+        .filter(|&value| value <= MOST)
+        .ok_or_else(|| Failure::invalid(name, format!("is {value}; it lies between 0 and {MOST}")))
+}
+
+/// Three numbers.
+pub(crate) fn three(name: &str, numbers: *const f64) -> Outcome<[f64; 3]> {
+    // SAFETY: the header asks of the caller that it is NULL or leads to three numbers.
+    unsafe { pointee(name, numbers.cast::<[f64; 3]>()) }.copied()
+}
