@@ -88,7 +88,9 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         version = library.pixmim_abi_version
     except (OSError, AttributeError) as error:
-        raise ImportError(f"pixmim: {path} is no libpixmim that loads here ({error}); build it with `{BUILD}`") from error
+        raise ImportError(
+            f"pixmim: {path} is no libpixmim that loads here ({error}); build it with `{BUILD}`"
+        ) from error
     version.restype = ctypes.c_uint32
     major, minor = divmod(version(), 1 << 16)
     if major != ABI[0] or minor < ABI[1]:
@@ -101,10 +103,9 @@ def load() -> ctypes.CDLL:
 
 LIBRARY = load()
 LIBRARY.pixmim_last_error.restype = ctypes.c_char_p
-LIBRARY.pixmim_context_create.argtypes = [ctypes.c_int32, ctypes.POINTER(ContextOptions), ctypes.POINTER(ctypes.c_void_p)]
-LIBRARY.pixmim_filter_create.argtypes = [
-    ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p,
-]  # fmt: skip
+_HANDLE = ctypes.POINTER(ctypes.c_void_p)
+LIBRARY.pixmim_context_create.argtypes = [ctypes.c_int32, ctypes.POINTER(ContextOptions), _HANDLE]
+LIBRARY.pixmim_filter_create.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, _HANDLE, ctypes.c_void_p]
 
 
 def check(status: int) -> None:
@@ -113,9 +114,9 @@ def check(status: int) -> None:
         raise PixMIMError(status, LIBRARY.pixmim_last_error().decode(errors="replace"))
 
 
-# Per device ordinal (CPU: -1), and per (ordinal, size, radius). Made once, never freed: other threads may be using them.
-_contexts: dict[int, ctypes.c_void_p] = {}
-_filters: dict[tuple[int, int, float], ctypes.c_void_p] = {}
+# By device ordinal (CPU: -1), and by (ordinal, size, radius). Made once, never freed: other threads may be in a call.
+_contexts: dict[int, int] = {}
+_filters: dict[tuple[int, int, float], int] = {}
 _making = threading.Lock()
 
 
@@ -136,7 +137,7 @@ def ordinal(device: torch.device) -> int:
     return -1 if device.type == "cpu" else device.index
 
 
-def context(device: torch.device) -> ctypes.c_void_p:
+def context(device: torch.device) -> int:
     """The context of a device. On the CPU with as many threads as PyTorch has when it is made."""
     if (found := _contexts.get(ordinal(device))) is not None:
         return found
@@ -145,11 +146,11 @@ def context(device: torch.device) -> ctypes.c_void_p:
             made = ctypes.c_void_p()
             options = ContextOptions(struct_size=ctypes.sizeof(ContextOptions), threads=torch.get_num_threads())
             check(LIBRARY.pixmim_context_create(ordinal(device), options, made))
-            _contexts[ordinal(device)] = made
+            _contexts[ordinal(device)] = made.value
     return _contexts[ordinal(device)]
 
 
-def low_pass_filter(device: torch.device, size: int, radius: float) -> ctypes.c_void_p:
+def low_pass_filter(device: torch.device, size: int, radius: float) -> int:
     """The filter for images of `size` pixels a side."""
     key = (ordinal(device), size, radius)
     if (found := _filters.get(key)) is not None:
@@ -159,7 +160,7 @@ def low_pass_filter(device: torch.device, size: int, radius: float) -> ctypes.c_
         if key not in _filters:
             made = ctypes.c_void_p()
             check(LIBRARY.pixmim_filter_create(on, size, radius, made, stream))
-            _filters[key] = made
+            _filters[key] = made.value
     return _filters[key]
 
 
@@ -196,11 +197,14 @@ def _template(tensor: torch.Tensor) -> bytes:
     return bytes(TensorView(size, dtype, ordinal(tensor.device), ndim, None, (*dims, *pad), (*strides, *pad)))
 
 
+_Three = ctypes.c_double * 3
+
+
 class Function:
     """An op of libpixmim, called with a device and then with tensors and numbers in the order of the header.
 
     `arguments` has a letter for each between the context and the workspace: t tensor, l int64_t, u uint64_t, i int32_t,
-    d double, v three doubles, p handle.
+    d double, v three doubles in a tuple, p handle.
     """
 
     KINDS = {
@@ -209,7 +213,7 @@ class Function:
         "u": ctypes.c_uint64,
         "i": ctypes.c_int32,
         "d": ctypes.c_double,
-        "v": ctypes.c_double * 3,
+        "v": _Three,
         "p": ctypes.c_void_p,
     }
 
@@ -239,7 +243,7 @@ class Function:
                 values.append(view)
             else:
                 key.append(argument)
-                values.append(argument)
+                values.append(_Three(*argument) if isinstance(argument, tuple) else argument)
         with _on(device) as stream:
             if not self.workspace:
                 check(self.function(on, *values, stream))

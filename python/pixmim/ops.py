@@ -1,16 +1,15 @@
-"""The ops, as functions of tensors. Dimension letters: B images, S pixels of a side, P pixels of a patch's side, L patches
-of an image, K kept and M = L - K masked ones, E = 3 P P numbers of a patch, T tokens, D width, NH heads.
+"""The ops, as functions of tensors. Dimension letters: B images, S pixels of a side, P pixels of a patch's side, L
+patches of an image, K kept and M = L - K masked ones, E = 3 P P numbers of a patch, T tokens, D width, NH heads.
 
 Each stands on a `torch.library` op, `torch.ops.pixmim.*`, with a shape function and autograd (first derivatives), so it
 works under `torch.compile`, in CUDA graphs (call it once before capturing), and on the current stream. Results are the
 same from run to run. Inputs that are not contiguous are copied.
 
-Dtypes: float32 and, on the CPU, float64, on a GPU bfloat16. `float16`, and `bfloat16` on the CPU, are computed in float32
-and come back in their own dtype. Autocast: `attention` runs in its dtype, `layer_norm` and the loss's sums in float32, as
-PyTorch's own do.
+Dtypes: float32 and, on the CPU, float64, on a GPU bfloat16. `float16`, and `bfloat16` on the CPU, are computed in
+float32 and come back in their own dtype. Autocast: `attention` runs in its dtype, `layer_norm` and the loss's sums in
+float32, as PyTorch's own do.
 """
 
-import ctypes
 import functools
 from collections.abc import Sequence
 
@@ -110,13 +109,6 @@ def random_masking(
 
 
 @functools.lru_cache(maxsize=64)
-def _three(values: tuple[float, ...]) -> ctypes.Array:
-    if len(values) != 3:
-        raise ValueError(f"pixmim: mean and std have 3 numbers, not {len(values)}")
-    return (ctypes.c_double * 3)(*values)
-
-
-@functools.lru_cache(maxsize=64)
 def _colours(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """On the device, kept: making it stops the stream."""
     return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
@@ -139,8 +131,7 @@ def _low_freq_target_op(images, ids_masked, patch_size, radius, mean, std, norma
     pixels, ids_masked = dense(pixels), dense(ids_masked)
     target = _target_like(images, ids_masked, patch_size)
     filter_ = _library.low_pass_filter(device, images.shape[-1], radius)
-    arguments = (pixels, ids_masked, filter_, _three(mean), _three(std), patch_size, exact)
-    _low_freq_target(device, target, *arguments)
+    _low_freq_target(device, target, pixels, ids_masked, filter_, mean, std, patch_size, exact)
     return target
 
 
@@ -194,6 +185,8 @@ def low_freq_target(
     else:
         images = images.to(wide(kernel_dtype(images)))
     mean, std = [float(x) for x in mean], [float(x) for x in std]
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"pixmim: mean and std have a number for each of 3 colours, not {len(mean)} and {len(std)}")
     return torch.ops.pixmim.low_freq_target.default(
         images, ids_masked.to(torch.int32), patch_size, float(radius), mean, std, normalized, exact
     )
@@ -229,6 +222,8 @@ def _masked_mse_loss_setup(ctx, inputs, output):
 
 @torch.autograd.function.once_differentiable
 def _masked_mse_loss_grad(ctx, grad_loss, _):
+    if grad_loss is None:
+        return None, None, None
     (grad_pred,) = ctx.saved_tensors
     return grad_pred * grad_loss, None, None
 
@@ -310,6 +305,8 @@ def _layer_norm_setup(ctx, inputs, output):
 
 
 def _layer_norm_grad(ctx, grad_out, _mean, _rstd):
+    if grad_out is None:
+        return None, None, None, None
     weight = ctx.saved_tensors[-1]
     grad_inp, *grads = torch.ops.pixmim.layer_norm_backward.default(grad_out, *ctx.saved_tensors)
     return grad_inp, *(grad.to(weight.dtype) for grad in grads), None
@@ -391,6 +388,8 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _attention_grad(ctx, grad_out, _lse):
+    if grad_out is None:
+        return None, None
     return torch.ops.pixmim.attention_backward.default(grad_out, *ctx.saved_tensors), None
 
 
@@ -401,8 +400,8 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Self-attention, softmax(q k^T / sqrt(D / NH)) v, without mask and without dropout.
 
     Args:
-        qkv: (B, T, 3 D): queries, keys and values, each head after head, as one linear layer makes them in timm. On a GPU
-            T is at most 1024 and a head is 8 to 128 wide, a multiple of 8.
+        qkv: (B, T, 3 D): queries, keys and values, each head after head, as one linear layer makes them in timm. On a
+            GPU T is at most 1024 and a head is 8 to 128 wide, a multiple of 8.
         num_heads: NH.
 
     Returns:
@@ -412,5 +411,6 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
         qkv = qkv.to(dtype)
     dtype = qkv.dtype
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * num_heads) != 0:
-        raise ValueError(f"pixmim: attention takes (B, T, 3 D) with D a multiple of {num_heads}, not {tuple(qkv.shape)}")
+        shape = tuple(qkv.shape)
+        raise ValueError(f"pixmim: attention takes (B, T, 3 D) with D a multiple of {num_heads}, not {shape}")
     return torch.ops.pixmim.attention.default(qkv.to(kernel_dtype(qkv)), num_heads)[0].to(dtype)
