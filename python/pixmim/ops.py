@@ -307,8 +307,9 @@ def _layer_norm_setup(ctx, inputs, output):
 def _layer_norm_grad(ctx, grad_out, _mean, _rstd):
     if grad_out is None:
         return None, None, None, None
-    weight = ctx.saved_tensors[-1]
-    grad_inp, *grads = torch.ops.pixmim.layer_norm_backward.default(grad_out, *ctx.saved_tensors)
+    # Read once: under gradient checkpointing they may be unpacked only once.
+    inp, mean, rstd, weight = ctx.saved_tensors
+    grad_inp, *grads = torch.ops.pixmim.layer_norm_backward.default(grad_out, inp, mean, rstd, weight)
     return grad_inp, *(grad.to(weight.dtype) for grad in grads), None
 
 
