@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 
 /// The files that may hold unsafe code, beside the C ABI, which is made of pointers. A new name needs a reason in its
 /// commit.
-const UNSAFE: [&str; 14] = [
+const UNSAFE: [&str; 17] = [
     "src/arena.rs",
     "src/cpu/gemm.rs",
     "src/cpu/gemm/bf16/avx512.rs",
     "src/cuda/cublaslt/descriptors.rs",
+    "src/cuda/driver.rs",
     "src/cuda/mod.rs",
     "src/cuda/nvidia.rs",
     "src/cuda/nvidia/copies.rs",
@@ -22,7 +23,9 @@ const UNSAFE: [&str; 14] = [
     "src/cuda/probe.rs",
     "src/cuda/probe/cublaslt.rs",
     "src/cuda/simt.rs",
+    "src/cuda/slices.rs",
     "src/tensor.rs",
+    "examples/03_borrow_a_stream.rs",
 ];
 /// Longest source file. Longer ones are split by direction or by stage, never into `utils`.
 const MOST_LINES: usize = 650;
@@ -183,7 +186,7 @@ fn assert_below(from: &[String], above: &[&str]) {
 
 #[test]
 fn reading_goes_down_only() {
-    let ground = ["device", "dtype", "error", "rng", "tensor"].map(|m| format!("src/{m}.rs"));
+    let ground = ["device", "dtype", "error", "tensor"].map(|m| format!("src/{m}.rs"));
     assert_below(&ground, &["ops", "model", "data", "train"]);
     assert_below(&files("src/cpu", "rs"), &["ops", "model", "data", "train"]);
     assert_below(&files("src/ops", "rs"), &["model", "data", "train"]);

@@ -263,6 +263,7 @@ mod cpu {
     use super::{Filter, Forward, LANES, Table, Tables};
     use crate::cpu::gemm::{Mat, MatMut, matmul_here};
     use crate::cpu::{Real, simd};
+    use crate::scalar::patch_corner;
 
     /// The tables in precision `T`.
     trait InPrecision: Real {
@@ -301,8 +302,7 @@ mod cpu {
                     let low = low_pass(filter, channel, scratch);
                     let (mean, std) = (T::of(mean[c]), T::of(std[c]));
                     for (patch, &id) in target.chunks_exact_mut(numbers).zip(ids) {
-                        let top = id as usize / grid * patch_size;
-                        let left = id as usize % grid * patch_size;
+                        let (top, left) = patch_corner(id as usize, grid, patch_size);
                         for y in 0..patch_size {
                             let row = &low[(top + y) * side + left..][..patch_size];
                             let into = &mut patch[y * patch_size * 3..][..patch_size * 3];
