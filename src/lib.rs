@@ -24,6 +24,10 @@ pub mod train;
 
 pub use arena::{Arena, Tensor, TensorList};
 pub use cuda::Gpu;
+/// The CUDA bindings in use, for [`Gpu::borrow`] and [`Gpu::view`]. They panic without a driver: ask
+/// [`cuda::probe::probe`] first. Slices of `bf16` need their feature `f16`.
+#[cfg(feature = "cuda")]
+pub use cudarc;
 pub use device::{Cpu, Device, Place, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};

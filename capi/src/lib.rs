@@ -17,6 +17,7 @@
 mod call;
 pub mod context;
 pub mod mae;
+pub mod model;
 pub mod status;
 pub mod tensor;
 pub mod vit;
