@@ -129,7 +129,7 @@ pub fn input_forward(dtype: DType, [b, s, p, k]: [usize; 4], target: InputTarget
         + target
 }
 
-/// Of [`low_freq_target::forward`](super::low_freq_target::forward), `[B, S, P, K]`, with pixels and target of these dtypes.
+/// Of [`low_freq_target::forward`], `[B, S, P, K]`, with pixels and target of these dtypes.
 /// Its products are truncated transforms over the `n` frequencies of an axis of which a bin is kept: of real rows, of
 /// complex columns, back over the columns, and back over the rows of the pixels in masked patches.
 #[must_use]
