@@ -83,12 +83,14 @@ fn ops() -> Vec<String> {
 fn every_op_has_a_row_a_cost_tests_and_benches() {
     let table = read("src/ops/mod.rs");
     let readme = read("README.md");
+    let backend = read("docs/backend.md");
     let mains = ["tests/ops/main.rs", "benches/ops/mod.rs"].map(|main| (main, read(main)));
     let costs = read("src/ops/cost.rs");
     for op in ops() {
         assert!(table.contains(&format!("//! | [`{op}`] |")), "{op} has no row in src/ops/mod.rs");
         assert!(table.contains(&format!("pub mod {op};")), "{op} is no module of src/ops/mod.rs");
         assert!(readme.contains(&format!("| `{op}` |")), "{op} has no row in README.md");
+        assert!(backend.contains(&format!("| `{op}` |")), "{op} has no row in docs/backend.md");
         assert!(costs.contains(&format!("pub fn {op}_")), "{op} has no cost in src/ops/cost.rs");
         for (main, text) in &mains {
             let stem = main.replace("main", &op).replace("mod", &op);
