@@ -205,6 +205,10 @@ impl Trainer {
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        // What there is to tell before the first update.
+        let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
+        trainer.dev.clear(norm.view_mut())?;
+        trainer.dev.clear(coefficients.view_mut())?;
         Ok(trainer)
     }
 
