@@ -62,16 +62,9 @@ impl pixmim_model {
 
     /// Hands a model out, once work on the stream it was made on is done.
     fn finish(self, out: &mut *mut Self) -> Outcome {
-        self.context.run_apart(synchronize)?;
+        self.inner.lock().expect("nobody has used it").trainer.synchronize()?;
         *out = Box::into_raw(Box::new(self));
         Ok(())
-    }
-}
-
-fn synchronize(dev: &Device) -> Outcome {
-    match dev {
-        Device::Cuda(gpu) => Ok(gpu.synchronize()?),
-        _ => Ok(()),
     }
 }
 
@@ -179,7 +172,7 @@ pub unsafe extern "C" fn pixmim_model_destroy(model: *mut pixmim_model) {
             // used any more.
             let model = unsafe { Box::from_raw(model) };
             if let Ok(inner) = model.inner.lock() {
-                synchronize(inner.trainer.device())?;
+                inner.trainer.synchronize()?;
             }
         }
         Ok(())
@@ -204,7 +197,8 @@ pub unsafe extern "C" fn pixmim_model_save(
 ///
 /// Reads images (bytes) u8, geometry (B, 6) i64 and samples (B) i64 as pixmim_input_forward and pixmim_random_masking_forward
 /// do, and epoch (1) i64. Each may be in the host's memory or the device's; from the host geometry is checked, on a GPU nobody
-/// looks at it. From the device nothing waits, and a stream being captured captures it, if a call before had as many bytes.
+/// looks at it. From the device nothing waits, and a stream being captured captures it if a call before had as many bytes of
+/// images; the graph is good until a call has more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_forward_loss(
     model: *const pixmim_model,

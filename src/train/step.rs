@@ -95,6 +95,8 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Trainer {
     dev: Device,
+    /// The device it was made with: memory is had and given back on its stream, as later ones may be gone by then.
+    home: Device,
     settings: Settings,
     /// The network.
     pub mae: Mae,
@@ -181,6 +183,7 @@ impl Trainer {
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
         let mut trainer = Self {
+            home: dev.clone(),
             dev,
             settings,
             mae,
@@ -205,6 +208,10 @@ impl Trainer {
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        // What there is to tell before the first update.
+        let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
+        trainer.dev.clear(norm.view_mut())?;
+        trainer.dev.clear(coefficients.view_mut())?;
         Ok(trainer)
     }
 
@@ -239,7 +246,8 @@ impl Trainer {
     }
 
     /// Goes on with another device of the same memory: a GPU on another stream, a CPU that multiplies otherwise. What was
-    /// recorded is recorded anew. Work on the new stream must be ordered after that on the old one, by an event say.
+    /// recorded is recorded anew. Work on the new stream must be ordered after that on the old one, by an event say; the
+    /// stream that the trainer was made with must outlive it.
     ///
     /// # Errors
     /// [`Error::Place`] for a device with other memory.
@@ -253,6 +261,14 @@ impl Trainer {
             *work = Work::New;
         }
         Ok(())
+    }
+
+    /// Waits for all work enqueued so far.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] for what went wrong in that work.
+    pub fn synchronize(&self) -> Result<()> {
+        if let Device::Cuda(gpu) = &self.dev { gpu.synchronize() } else { Ok(()) }
     }
 
     /// Adds the gradient of one of the `micro_batches` of a step: [`forward_loss`](Self::forward_loss), then
@@ -299,15 +315,15 @@ impl Trainer {
             self.forward_work = Work::New;
             self.micro_batches = micro_batches;
         }
-        // Before the larger one is made: there need not be room for both.
-        match self.feed.take().filter(|_| fits) {
-            Some(feed) => Ok(feed),
-            // Photos differ in size: some room, so that a larger batch need not be recorded anew.
-            None => {
-                let bytes = batch.images.elems() + batch.images.elems() / 4;
-                Feed::new(&self.dev, self.settings.micro_batch, bytes)
-            }
+        match self.feed.take() {
+            Some(feed) if fits => return Ok(feed),
+            // Before the larger one is made: there need not be room for both.
+            Some(_in_use) => self.synchronize()?,
+            None => {}
         }
+        // Photos differ in size: some room, so that a larger batch need not be recorded anew.
+        let bytes = batch.images.elems() + batch.images.elems() / 4;
+        Feed::new(&self.home, self.settings.micro_batch, bytes)
     }
 
     /// Does a piece of a step: on a GPU as recorded work, if the settings say so.

@@ -133,14 +133,14 @@ impl pixmim_model_config {
             true => (Target::LowFreq, Crop::Simple),
             false => (Target::Raw, Crop::RandomResized),
         };
-        config.method.radius =
-            if self.radius <= 0.0 { Auto::Value(1.0) } else { Auto::Value(self.radius) };
+        // MAE has none; what is not a number is no radius either, and is refused.
+        config.method.radius = Auto::Value(if self.radius <= 0.0 { 1.0 } else { self.radius });
         config.method.norm_pix = flag("norm_pix", self.norm_pix)?;
         config.method.mask_ratio = self.mask_ratio;
         config.method.mask_block = size("mask_block", self.mask_block)?;
         (config.data.mean, config.data.std) = (self.mean, self.std);
         config.optim.micro_batch = size("micro_batch", self.micro_batch)?;
-        config.optim.global_batch = config.optim.micro_batch;
+        config.optim.global_batch = config.optim.micro_batch.max(1);
         (config.optim.betas, config.optim.eps) = (self.betas, self.eps);
         (config.optim.weight_decay, config.optim.clip_grad) = (self.weight_decay, self.clip);
         config.optim.decay_tokens = flag("decay_tokens", self.decay_tokens)?;
