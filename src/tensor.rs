@@ -126,6 +126,12 @@ macro_rules! common {
                 self.elems() * self.dtype.size_bytes()
             }
 
+            /// Address of the first element, in the memory of [`place`](Self::place).
+            #[must_use]
+            pub fn as_ptr(&self) -> *const u8 {
+                self.ptr
+            }
+
             /// The first element's address on the GPU where the tensor is.
             pub(crate) fn dev_ptr(&self) -> DevPtr {
                 debug_assert!(self.place != Place::Host, "an op's check has judged the place");

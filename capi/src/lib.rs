@@ -19,4 +19,6 @@ pub mod context;
 pub mod mae;
 pub mod status;
 pub mod tensor;
+#[cfg(test)]
+mod tests;
 pub mod vit;
