@@ -6,6 +6,8 @@ use std::any::Any;
 use std::collections::BTreeSet;
 use std::ptr;
 
+use pixmim_core::DType;
+
 use super::call::Raw;
 use super::cases::{Case, cases, last_error};
 use super::header::{self, Param};
@@ -46,8 +48,31 @@ const RIGHT: &[[&str; 4]] = &[
     ["pixmim_linear_backward", "grad_inp", "null", "it is not wanted"],
     ["pixmim_linear_backward", "pre", "null", "there was no GELU"],
     ["pixmim_adamw_update", "copy", "null", "none is wanted"],
-    ["pixmim_low_freq_target_forward", "pixels", "dtype 3", "a GPU takes bytes and f32"],
     ["pixmim_low_freq_target_forward", "pixels", "dtype 0", "a GPU takes bytes and f32"],
+    [
+        "pixmim_input_forward",
+        "patches",
+        "dtype 0",
+        "a GPU's `target` and `pixels` are the same for f32 and bf16",
+    ],
+    [
+        "pixmim_input_forward",
+        "patches",
+        "dtype 1",
+        "a GPU's `target` and `pixels` are the same for f32 and bf16",
+    ],
+    [
+        "pixmim_add_positions_backward",
+        "grad_fill",
+        "dtype 0",
+        "a GPU's gradient is f32 for f32 and bf16",
+    ],
+    [
+        "pixmim_add_positions_backward",
+        "grad_fill",
+        "dtype 1",
+        "a GPU's gradient is f32 for f32 and bf16",
+    ],
     ["pixmim_context_create", "options", "null", "zeros"],
     ["pixmim_probe", "devices", "null", "its own test: with a capacity of 0"],
     ["pixmim_probe", "capacity", "0", "only the number is asked for"],
@@ -104,6 +129,9 @@ fn off(raw: Raw) -> Raw {
 fn mutations(lab: &Lab, case: &Case, param: &Param) -> Vec<Mutation> {
     let arg = case.arg(&param.name);
     let mut mutations = Vec::new();
+    if let Arg::NoTensor = arg {
+        return mutations;
+    }
     if param.kind.contains('*') {
         mutations.push(Mutation::new("null", Raw::Word(0)));
         if arg.raw() != Raw::Word(0) {
@@ -212,18 +240,22 @@ fn descriptions(lab: &Lab, memory: &Memory) -> Vec<Mutation> {
         mutations.push(tensor(&how, &|t| t.data = t.data.wrapping_byte_add(bytes)));
     }
     // From here on the description makes sense by itself, and another argument may be the odd one out.
-    let odd = |how: String, spoil: &dyn Fn(&mut pixmim_tensor)| Mutation {
-        names_it: false,
-        ..tensor(&how, spoil)
-    };
     for dtype in (0..6).filter(|&dtype| dtype != memory.dtype as i32) {
-        mutations.push(odd(format!("dtype {dtype}"), &|t| t.dtype = dtype));
+        // Memory for the widest, as some may be taken.
+        let roomy = Memory::new(lab, DType::F64, &memory.dims);
+        let mut tensor = Box::new(*roomy.tensor);
+        tensor.dtype = dtype;
+        let raw = Raw::address(&raw const *tensor);
+        let kept = Box::new((tensor, roomy));
+        let how = format!("dtype {dtype}");
+        mutations.push(Mutation { how, raw, names_it: false, _kept: kept });
     }
     if memory.is_written {
         // As many elements as may be: none of the others has them.
         let rest: usize = memory.dims.iter().skip(1).product();
         let most = ((1usize << 40) / rest.max(1)) as i64;
-        mutations.push(odd("as many elements as may be".into(), &|t| t.shape[0] = most));
+        let spoilt = tensor(&"as many elements as may be", &|t| t.shape[0] = most);
+        mutations.push(Mutation { names_it: false, ..spoilt });
     }
     mutations
 }
@@ -329,8 +361,10 @@ fn one_wrong_argument_is_a_status_and_a_sentence_that_names_it() {
                     if status == PIXMIM_INTERNAL {
                         failures.push(format!("{what}: {sentence}"));
                     }
+                    // Too small a workspace is named as such.
+                    let own = param.name.strip_suffix("_bytes").unwrap_or(&param.name);
                     let named = match names_it {
-                        true => names(&sentence, &param.name),
+                        true => names(&sentence, &param.name) || names(&sentence, own),
                         false => of.params.iter().any(|param| names(&sentence, &param.name)),
                     };
                     if !named {

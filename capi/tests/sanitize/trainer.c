@@ -2,8 +2,8 @@
  *
  * Eight threads call ops on eight contexts, then on one; each makes, uses and closes what it needs, is refused now and then,
  * and must get the bits and the sentence that a thread alone gets. With an argument it does what a sanitizer must report:
- * `race` two calls that write one tensor, `overflow` a tensor described as larger than its memory, `leak` a filter nobody
- * destroys. All three happen in the library's code, so a silent run also says that its code is seen. */
+ * `race` calls that write one tensor, `overflow` a tensor described as larger than its memory, `leak` a filter nobody
+ * destroys, `undefined` an overflow in C. The first three happen in the library's code: it is seen. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -175,14 +175,17 @@ static void in_threads(void *(*body)(void *), void *argument) {
   for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
 }
 
-/* All threads write the same tensor. */
+/* All threads write the same tensor, each in a context of its own: nothing orders them. */
 static void *race(void *argument) {
+  (void)argument;
+  pixmim_context *own = context(1);
   static float from[64], into[64];
   const int64_t shape[1] = {64};
   pixmim_tensor out, inp;
   OK(pixmim_tensor_init(&out, into, PIXMIM_F32, PIXMIM_CPU, 1, shape));
   OK(pixmim_tensor_init(&inp, from, PIXMIM_F32, PIXMIM_CPU, 1, shape));
-  OK(pixmim_gelu_forward(argument, &out, &inp, NULL));
+  OK(pixmim_gelu_forward(own, &out, &inp, NULL));
+  pixmim_context_destroy(own);
   return NULL;
 }
 
@@ -203,6 +206,12 @@ static void leak(const pixmim_context *ctx) {
   OK(pixmim_filter_create(ctx, SIDE, 3.0, &filter, NULL));
 }
 
+/* In C, which has its own sanitizer. */
+static void undefined(int count) {
+  volatile int most = 2147483647;
+  most += count;
+}
+
 int main(int argc, char **argv) {
   const char *planted = argc > 1 ? argv[1] : "";
   /* What is made once in a process is made here, by one thread: who waits for that is in the uninstrumented part of the
@@ -213,9 +222,10 @@ int main(int argc, char **argv) {
   pixmim_context_destroy(alone);
 
   pixmim_context *ctx = context(2);
-  if (!strcmp(planted, "race")) in_threads(race, ctx);
+  if (!strcmp(planted, "race")) in_threads(race, NULL);
   if (!strcmp(planted, "overflow")) overflow(ctx);
   if (!strcmp(planted, "leak")) leak(ctx);
+  if (!strcmp(planted, "undefined")) undefined(argc);
   if (!*planted) {
     task own = {NULL, &expected}, shared = {ctx, &expected};
     in_threads(run, &own);
