@@ -143,7 +143,7 @@ fn expect_within(
     if range.contains(&value) {
         return Ok(());
     }
-    let why = format!("is {value:e}, outside {range:e?}");
+    let why = format!("is {value:?}, outside {range:?}");
     Err(crate::Error::invalid(format!("{}: {arg}", call.op), why))
 }
 
