@@ -10,13 +10,14 @@
 #![expect(non_camel_case_types, reason = "types bear their names in C")]
 #![expect(clippy::missing_safety_doc, reason = "the head of the header says it for all functions")]
 #![expect(
-    clippy::too_many_arguments,
-    reason = "an op's tensors and numbers, then workspace and stream"
+    clippy::doc_markdown,
+    reason = "the comments of exported functions are those of the header"
 )]
 
 mod call;
 pub mod context;
 pub mod mae;
+pub mod model;
 pub mod status;
 pub mod tensor;
 #[cfg(test)]

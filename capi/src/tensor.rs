@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use pixmim_core::DType;
+use pixmim_core::{DType, TensorRef};
 
 use crate::context::PIXMIM_CPU;
 use crate::status::{Failure, Outcome, PIXMIM_DTYPE, PIXMIM_SHAPE, guard, pixmim_status};
@@ -127,6 +127,34 @@ impl Described {
         }
         dims.reverse();
         Ok(Self { dtype, device: tensor.device, data: tensor.data.cast(), dims })
+    }
+
+    /// A tensor of the library's own.
+    pub(crate) fn of(view: TensorRef<'_>, device: i32) -> Self {
+        let (data, dims) = (view.as_ptr().cast_mut(), view.shape().to_vec());
+        Self { dtype: view.dtype(), device, data, dims }
+    }
+
+    /// As a caller is told of it.
+    pub(crate) fn lent(&self) -> pixmim_tensor {
+        let mut shape = [0; PIXMIM_MAX_DIMS];
+        let dims = self.dims.iter().map(|&extent| extent as i64);
+        shape.iter_mut().zip(dims).for_each(|(into, extent)| *into = extent);
+        let mut strides = [0; PIXMIM_MAX_DIMS];
+        let mut below = 1;
+        for axis in (0..self.dims.len()).rev() {
+            strides[axis] = below;
+            below *= shape[axis];
+        }
+        pixmim_tensor {
+            struct_size: size_of::<pixmim_tensor>() as u32,
+            dtype: code(self.dtype),
+            device: self.device,
+            ndim: self.dims.len() as i32,
+            data: self.data.cast(),
+            shape,
+            strides,
+        }
     }
 
     /// Extent of a dimension; 0 if there is none, which the op refuses.

@@ -1,7 +1,5 @@
 //! `include/pixmim.h` is what cbindgen makes of the sources.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::fs;
 use std::path::Path;
 

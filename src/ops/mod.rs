@@ -28,11 +28,14 @@
 //! MLP, `R` rows (all leading dimensions as one).
 //!
 //! Gradients of parameters accumulate, of activations overwrite, of the residual stream accumulate.
+//!
+//! [`cost`] states what each must move and compute.
 
 pub mod adamw;
 pub mod add_positions;
 pub mod attention;
 pub mod cast;
+pub mod cost;
 pub mod gather_tokens;
 pub mod gelu;
 pub mod grad_norm;

@@ -8,6 +8,9 @@ use std::process::Command;
 
 use half::bf16;
 
+mod slices;
+mod streams;
+
 use super::*;
 use crate::DType;
 use crate::cuda::driver::Matrix;
@@ -36,7 +39,7 @@ fn on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Nvidia> {
 fn start_on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Result<Nvidia>> {
     if std::env::var_os(CHILD).is_some() {
         let found = Box::leak(Box::new(probe::find().unwrap()));
-        return Some(Nvidia::start(found, 0, &[("fake", b"image")], Stream::new));
+        return Some(Nvidia::start(found, 0, &[("fake", b"image")]));
     }
     let folder = tempfile::tempdir().unwrap();
     compile(folder.path(), "cuda.c", "libcuda.so.1", &[]);
@@ -218,6 +221,26 @@ fn an_error_of_the_gpu_names_the_kernels_before_it() {
 }
 
 #[test]
+fn time_is_that_of_the_work_between() {
+    let Some(gpu) = on_fake("time_is_that_of_the_work_between", &[]) else { return };
+    let memory = gpu.alloc(4, "test").unwrap();
+    let fill = |times| (0..times).try_for_each(|value| fill(&gpu, memory, 1, value));
+    // What comes before and after is not counted; the stand-in's kernel takes a millisecond.
+    fill(5).unwrap();
+    let time = gpu.time(Box::new(|| fill(3))).unwrap();
+    fill(7).unwrap();
+    assert_eq!(time, Duration::from_millis(3));
+    assert_eq!(gpu.time(Box::new(|| Ok(()))).unwrap(), Duration::ZERO);
+
+    let refused = gpu.time(Box::new(|| Err(Error::invalid("work", "is none"))));
+    assert!(matches!(refused, Err(Error::Invalid { .. })), "{refused:?}");
+    let launch = Launch { kernel: "fail", grid: 1, block: 32, shared_bytes: 0, params: &[0; 8] };
+    let error = gpu.time(Box::new(|| gpu.launch(&launch))).unwrap_err().to_string();
+    assert!(error.contains("fail;"), "{error}");
+    gpu.free(memory);
+}
+
+#[test]
 fn a_recording_runs_as_often_as_it_is_replayed_and_outlives_its_gpu() {
     let test = "a_recording_runs_as_often_as_it_is_replayed_and_outlives_its_gpu";
     let Some(gpu) = on_fake(test, &[]) else { return };
@@ -233,6 +256,7 @@ fn a_recording_runs_as_often_as_it_is_replayed_and_outlives_its_gpu() {
         gpu.download(&mut [0; 8], a),
         gpu.alloc(8, "test").map(drop),
         gpu.begin_capture(),
+        gpu.time(Box::new(|| Ok(()))).map(drop),
         gpu.matmul(&Matmul { m: 2, ..matmul.matmul }),
     ] {
         let error = refused.unwrap_err().to_string();
@@ -271,23 +295,6 @@ fn a_recording_that_fails_leaves_the_stream_usable() {
     fill(&gpu, memory, 1, 3).unwrap();
     assert_eq!(download(&gpu, memory, 4), 3_u32.to_ne_bytes());
     gpu.free(memory);
-}
-
-#[test]
-fn a_borrowed_stream_is_used_and_not_destroyed() {
-    let Some(gpu) = on_fake("a_borrowed_stream_is_used_and_not_destroyed", &[]) else { return };
-    let stream = Stream::new().unwrap();
-    let found = probe::find().unwrap();
-    let handle = stream.handle();
-    let borrowed =
-        Nvidia::start(&found, 0, &[("fake", b"image")], || Ok(Stream::borrow(handle))).unwrap();
-    let memory = upload(&borrowed, &[3; 4]);
-    assert_eq!(download(&borrowed, memory, 4), [3; 4]);
-    borrowed.free(memory);
-    drop(borrowed);
-    // The stand-in counts: were it destroyed twice, or not at all, the process would end here.
-    drop(stream);
-    drop(gpu);
 }
 
 #[derive(Clone, Copy)]
@@ -426,7 +433,7 @@ fn the_fastest_algorithm_is_pinned_and_taken_over() {
     let at = plans.len() - 80;
     slow[at] = 0;
     let found = probe::find().unwrap();
-    let other = Nvidia::start(&found, 0, &[("fake", b"image")], Stream::new).unwrap();
+    let other = Nvidia::start(&found, 0, &[("fake", b"image")]).unwrap();
     assert_eq!(other.load_plans(&slow), Ok(1));
     assert_eq!(other.plans(), slow, "what is not used yet is not lost");
     other.matmul(&problem.matmul).unwrap();
@@ -436,7 +443,7 @@ fn the_fastest_algorithm_is_pinned_and_taken_over() {
     // One that this GPU refuses is planned anew.
     let mut refused = plans.clone();
     refused[at] = 9;
-    let third = Nvidia::start(&found, 0, &[("fake", b"image")], Stream::new).unwrap();
+    let third = Nvidia::start(&found, 0, &[("fake", b"image")]).unwrap();
     assert_eq!(third.load_plans(&refused), Ok(1));
     third.matmul(&problem.matmul).unwrap();
     assert_eq!(algorithms(&third.plans()), [2]);
