@@ -22,7 +22,8 @@ use crate::status::{Failure, Outcome, PIXMIM_BUSY, PIXMIM_INTERNAL, guard, pixmi
 use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
 
 /// A masked autoencoder with its gradients, optimizer and memory. One thread uses it at a time: calls from two at once are
-/// refused with PIXMIM_BUSY.
+/// refused with PIXMIM_BUSY. A call on another stream than the one before must be ordered after that by the caller, by an
+/// event say.
 pub struct pixmim_model {
     context: pixmim_context,
     /// Name of each weight, and a tensor like it.
@@ -201,7 +202,7 @@ pub unsafe extern "C" fn pixmim_model_save(
 /// images; the graph is good until a call has more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_forward_loss(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     images: *const pixmim_tensor,
     geometry: *const pixmim_tensor,
     samples: *const pixmim_tensor,
@@ -223,7 +224,7 @@ pub unsafe extern "C" fn pixmim_model_forward_loss(
 /// Adds the gradient of the loss that pixmim_model_forward_loss, which must have come right before, has added.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_backward(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, _, inner| Ok(inner.trainer.backward()?))
@@ -233,7 +234,7 @@ pub unsafe extern "C" fn pixmim_model_backward(
 /// gradient and the loss stay: pixmim_model_clear comes before the next step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_step(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     lr: f64,
     stream: *mut c_void,
 ) -> pixmim_status {
@@ -249,7 +250,7 @@ pub unsafe extern "C" fn pixmim_model_step(
 /// be replayed with another.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_step_with(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     lr: *const pixmim_tensor,
     stream: *mut c_void,
 ) -> pixmim_status {
@@ -261,7 +262,7 @@ pub unsafe extern "C" fn pixmim_model_step_with(
 /// Sets the gradients and the loss to zero: at the start of a step, or to give one up.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_clear(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, _, inner| Ok(inner.trainer.clear()?))
