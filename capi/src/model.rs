@@ -42,13 +42,22 @@ struct Model {
 }
 
 impl pixmim_model {
-    fn new(context: &pixmim_context, given: &pixmim_model_config) -> Outcome<Self> {
+    /// A model whose weights `start` may replace.
+    fn new(
+        context: &pixmim_context,
+        given: &pixmim_model_config,
+        start: impl FnOnce(&mut Trainer) -> Outcome + Send,
+    ) -> Outcome<Self> {
         let (config, records) = (given.to_run()?, given.records()?);
         config.check()?;
         // On a stream of the context's own, as memory is given back on the stream it was made on.
         let trainer = context.run_apart(|dev| {
             let settings = Settings { record: records, ..settings(&config, &config.resolved()) };
-            Ok(Trainer::new(dev.clone(), config.model, given.dtype_on(dev)?, settings)?)
+            let dtype = given.dtype_on(dev)?;
+            let mut trainer = Trainer::new(dev.clone(), config.model, dtype, settings)?;
+            start(&mut trainer)?;
+            trainer.synchronize()?;
+            Ok(trainer)
         })?;
         let weight = |(i, spec): (usize, &Spec)| {
             let like = Described::of(trainer.mae.weights.view(i), context.device).lent();
@@ -59,13 +68,6 @@ impl pixmim_model {
         let grads = Described::of(trainer.grads.flat(), context.device);
         let inner = Mutex::new(Model { trainer, config, records, stream: None });
         Ok(Self { context: context.clone(), weights, grads, inner })
-    }
-
-    /// Hands a model out, once work on the stream it was made on is done.
-    fn finish(self, out: &mut *mut Self) -> Outcome {
-        self.inner.lock().expect("nobody has used it").trainer.synchronize()?;
-        *out = Box::into_raw(Box::new(self));
-        Ok(())
     }
 }
 
@@ -128,7 +130,8 @@ pub unsafe extern "C" fn pixmim_model_create(
         let config = unsafe { pixmim_model_config::read(config) }?;
         // SAFETY: the header asks of the caller that it leads to a pointer, which nobody else uses.
         let out = unsafe { pointee_mut("out", out) }?;
-        pixmim_model::new(context, config)?.finish(out)
+        *out = Box::into_raw(Box::new(pixmim_model::new(context, config, |_| Ok(()))?));
+        Ok(())
     })
 }
 
@@ -151,16 +154,15 @@ pub unsafe extern "C" fn pixmim_model_load(
         let out = unsafe { pointee_mut("out", out) }?;
         // SAFETY: the header asks of the caller that texts are ended by a zero byte.
         let mut saved = unsafe { Saved::open(path) }?;
-        let mut model = pixmim_model::new(context, config)?;
-        let trainer = &mut model.inner.get_mut().expect("nobody has used it").trainer;
-        context.run_apart(|_| {
+        let model = pixmim_model::new(context, config, |trainer| {
             let loaded = match &mut saved {
                 Saved::Checkpoint(checkpoint) => trainer.load_checkpoint(checkpoint),
                 Saved::File(file) => trainer.load_weights(file),
             };
             loaded.map_err(of_file)
         })?;
-        model.finish(out)
+        *out = Box::into_raw(Box::new(model));
+        Ok(())
     })
 }
 
