@@ -23,7 +23,7 @@ def refusal(monkeypatch):
 
     def load(library: Path) -> str:
         monkeypatch.setenv("PIXMIM_LIBRARY", str(library))
-        with pytest.raises(ImportError, match="^pixmim: ") as raised:
+        with pytest.raises(ImportError, match=r"^pixmim: ") as raised:
             _library.load()
         return str(raised.value)
 
