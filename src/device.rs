@@ -167,17 +167,30 @@ impl Device {
         }
     }
 
-    /// Copies a tensor of this device into another of the same dtype and shape.
+    /// Copies a tensor into another of the same dtype and shape. Each is of this device, or in the host's memory: as
+    /// [`upload`](Self::upload) and [`read`](Self::read) if one of them is.
     ///
     /// # Errors
     /// As [`upload`](Self::upload).
     pub fn copy(&self, dst: TensorMut<'_>, src: TensorRef<'_>) -> Result<()> {
-        let call = Call { op: "copy", dev: self };
-        src.expect(call, "src", src.dtype(), src.shape())?;
-        dst.expect(call, "dst", src.dtype(), src.shape())?;
+        let host = Self::cpu();
+        let at = |place| Call { op: "copy", dev: if place == Place::Host { &host } else { self } };
+        src.expect(at(src.place()), "src", src.dtype(), src.shape())?;
+        dst.expect(at(dst.place()), "dst", src.dtype(), src.shape())?;
         match self {
+            Self::Cuda(gpu) => match (dst.place(), src.place()) {
+                (Place::Host, Place::Host) => dst.copy_host(src),
+                (Place::Gpu(_), Place::Host) => {
+                    gpu.driver().upload(dst.dev_ptr(), src.into_bytes().as_slice())?;
+                }
+                (Place::Host, Place::Gpu(_)) => {
+                    gpu.driver().download(dst.into_bytes().into_slice(), src.dev_ptr())?;
+                }
+                (Place::Gpu(_), Place::Gpu(_)) => {
+                    gpu.driver().copy(dst.dev_ptr(), src.dev_ptr(), src.bytes())?;
+                }
+            },
             Self::Cpu(_) => dst.copy_host(src),
-            Self::Cuda(gpu) => gpu.driver().copy(dst.dev_ptr(), src.dev_ptr(), src.bytes())?,
         }
         Ok(())
     }

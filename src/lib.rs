@@ -10,10 +10,12 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod ops;
-pub mod rng;
 pub mod tensor;
 
 pub mod model;
+
+#[cfg(feature = "candle")]
+pub mod candle;
 
 #[cfg(feature = "train")]
 pub mod data;
@@ -22,9 +24,14 @@ pub mod train;
 
 pub use arena::{Arena, Tensor, TensorList};
 pub use cuda::Gpu;
+/// The CUDA bindings in use, for [`Gpu::borrow`] and [`Gpu::view`]. They panic without a driver: ask
+/// [`cuda::probe::probe`] first. Slices of `bf16` need their feature `f16`.
+#[cfg(feature = "cuda")]
+pub use cudarc;
 pub use device::{Cpu, Device, Place, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use pixmim_scalar::{self as scalar, rng};
 pub use tensor::{TensorMut, TensorRef};
 
 /// Version of the crate and commit it was built from.
@@ -33,5 +40,5 @@ pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (git ", env!("PIX
 pub const RUSTC: &str = env!("PIXMIM_RUSTC");
 
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+#[doc = include_str!("../docs/backend.md")]
+struct Backend;

@@ -126,6 +126,18 @@ macro_rules! common {
                 self.elems() * self.dtype.size_bytes()
             }
 
+            /// Address of the first element, in the memory of [`place`](Self::place).
+            #[must_use]
+            pub fn as_ptr(&self) -> *const u8 {
+                self.ptr
+            }
+
+            /// The same elements as their bytes.
+            pub(crate) fn into_bytes(self) -> Self {
+                let shape = Shape::from(&[self.bytes()][..]);
+                Self { shape, dtype: DType::U8, ..self }
+            }
+
             /// The first element's address on the GPU where the tensor is.
             pub(crate) fn dev_ptr(&self) -> DevPtr {
                 debug_assert!(self.place != Place::Host, "an op's check has judged the place");

@@ -1,58 +1,77 @@
-//! Attention of the encoder (short sequences of kept patches), of the decoder (all patches), and of an encoder that sees all
-//! patches, as in fine-tuning.
+//! Attention of the encoder (short sequences of kept patches), of the decoder (all patches), and of an encoder that
+//! sees all patches, as in fine-tuning.
 
 use pixmim::ops::attention::{self, Backward, Forward, workspace_bytes};
+use pixmim::ops::cost;
 
-use crate::{Bench, products};
+use super::{Stack, stacks};
+use crate::{Bench, Case};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
-    for w in bench.workloads.clone() {
-        let (kept, patches) = (w.kept(), w.config.patches());
-        for (stack, tokens, dim, heads) in [
-            ("encoder", 1 + kept, w.config.dim, w.config.heads),
-            ("decoder", 1 + patches, w.config.decoder_dim, w.config.decoder_heads),
-            ("encoder unmasked", 1 + patches, w.config.dim, w.config.heads),
-        ] {
-            let shape = format!("{} {stack}", w.name);
-            let images = w.images;
-            let (qkv, grad_out) = (
-                bench.random(dtype, &[images, tokens, 3 * dim]),
-                bench.random(dtype, &[images, tokens, dim]),
-            );
-            let mut out = bench.zeros(dtype, &[images, tokens, dim]);
-            let mut lse = bench.zeros(dtype.wide(), &[images, heads, tokens]);
-            let mut grad_qkv = bench.zeros(dtype, &[images, tokens, 3 * dim]);
-            let mut workspace =
-                bench.workspace(workspace_bytes(&dev, dtype, images, tokens, heads));
-            // Two products of a head forward; backward those of the logits anew, and four gradients.
-            let size = [tokens, dim, tokens];
-            let work = products(2 * images, size, &[&qkv, &out, &lse]);
-            bench.time("attention", "forward", &shape, work, || {
-                attention::forward(
-                    &dev,
-                    Forward {
-                        out: out.view_mut(),
-                        lse: lse.view_mut(),
-                        qkv: qkv.view(),
-                        workspace: workspace.view_mut(),
-                    },
-                )
+    let dtype = bench.dtype(bench.precision);
+    for w in bench.networks.clone() {
+        let (tokens, dim, heads) = (1 + w.config.patches(), w.config.dim, w.config.heads);
+        let mut stacks = stacks(&w);
+        stacks.push(Stack { name: "encoder unmasked", tokens, dim, heads });
+        for Stack { name, tokens, dim, heads } in stacks {
+            let (shape, batch) = (&format!("{} {name}", w.name), w.images);
+            let (mixed, packed) = ([batch, tokens, dim], [batch, tokens, 3 * dim]);
+            let rows = [batch, heads, tokens];
+            let case = Case {
+                op: "attention",
+                direction: "forward",
+                shape,
+                batch,
+                precision: None,
+                cost: cost::attention_forward(dtype, [batch, tokens, heads, dim]),
+            };
+            bench.time(case, |on| {
+                let qkv = on.random(dtype, &packed);
+                let mut out = on.zeros(dtype, &mixed);
+                let mut lse = on.zeros(dtype.wide(), &rows);
+                let bytes = workspace_bytes(on.dev, dtype, batch, tokens, heads);
+                let mut workspace = on.workspace(bytes);
+                move |dev| {
+                    attention::forward(
+                        dev,
+                        Forward {
+                            out: out.view_mut(),
+                            lse: lse.view_mut(),
+                            qkv: qkv.view(),
+                            workspace: workspace.view_mut(),
+                        },
+                    )
+                }
             });
-            let read = [&qkv, &out, &lse, &grad_out];
-            let work = products(5 * images, size, &[&read[..], &[&grad_qkv]].concat());
-            bench.time("attention", "backward", &shape, work, || {
-                attention::backward(
-                    &dev,
-                    Backward {
-                        grad_qkv: grad_qkv.view_mut(),
-                        grad_out: grad_out.view(),
-                        out: out.view(),
-                        lse: lse.view(),
-                        qkv: qkv.view(),
-                        workspace: workspace.view_mut(),
-                    },
-                )
+            let case = Case {
+                op: "attention",
+                direction: "backward",
+                shape,
+                batch,
+                precision: None,
+                cost: cost::attention_backward(dtype, [batch, tokens, heads, dim]),
+            };
+            bench.time(case, |on| {
+                let qkv = on.random(dtype, &packed);
+                let (out, grad_out) = (on.random(dtype, &mixed), on.random(dtype, &mixed));
+                // Weights that do not add up to one take as long.
+                let lse = on.random(dtype.wide(), &rows);
+                let mut grad_qkv = on.zeros(dtype, &packed);
+                let bytes = workspace_bytes(on.dev, dtype, batch, tokens, heads);
+                let mut workspace = on.workspace(bytes);
+                move |dev| {
+                    attention::backward(
+                        dev,
+                        Backward {
+                            grad_qkv: grad_qkv.view_mut(),
+                            grad_out: grad_out.view(),
+                            out: out.view(),
+                            lse: lse.view(),
+                            qkv: qkv.view(),
+                            workspace: workspace.view_mut(),
+                        },
+                    )
+                }
             });
         }
     }

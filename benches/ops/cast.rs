@@ -1,21 +1,29 @@
-//! Casts of as many numbers as a network has parameters, or a block of it.
+//! Casts of as many numbers as a network has parameters.
 
 use pixmim::DType;
 use pixmim::ops::cast::{self, Forward};
+use pixmim::ops::cost;
 
-use crate::{Bench, bytes};
+use super::parameters;
+use crate::{Bench, Case};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let dev = bench.dev.clone();
-    for (name, elems) in bench.parameters() {
-        let mut wide = bench.random(DType::F32, &[elems]);
-        let mut narrow = bench.zeros(DType::Bf16, &[elems]);
-        let work = bytes(&[&wide, &narrow]);
-        bench.time("cast", "f32 to bf16", name, work.clone(), || {
-            cast::forward(&dev, Forward { out: narrow.view_mut(), inp: wide.view() })
-        });
-        bench.time("cast", "bf16 to f32", name, work, || {
-            cast::forward(&dev, Forward { out: wide.view_mut(), inp: narrow.view() })
-        });
+    for (shape, batch) in parameters(bench) {
+        for (direction, from, to) in
+            [("f32 to bf16", DType::F32, DType::Bf16), ("bf16 to f32", DType::Bf16, DType::F32)]
+        {
+            let case = Case {
+                op: "cast",
+                direction,
+                shape,
+                batch,
+                precision: None,
+                cost: cost::cast_forward([from, to], batch),
+            };
+            bench.time(case, |on| {
+                let (inp, mut out) = (on.random(from, &[batch]), on.zeros(to, &[batch]));
+                move |dev| cast::forward(dev, Forward { out: out.view_mut(), inp: inp.view() })
+            });
+        }
     }
 }

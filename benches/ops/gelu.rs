@@ -1,25 +1,48 @@
 //! GELU over the hidden layer of an encoder block.
 
+use pixmim::ops::cost;
 use pixmim::ops::gelu::{self, Backward, Forward};
 
-use crate::{Bench, bytes};
+use crate::{Bench, Case};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
-    for w in bench.workloads.clone() {
-        let shape = [w.images, 1 + w.kept(), w.config.mlp_ratio * w.config.dim];
-        let (inp, grad_out) = (bench.random(dtype, &shape), bench.random(dtype, &shape));
-        let mut out = bench.zeros(dtype, &shape);
-        let work = bytes(&[&inp, &out]);
-        bench.time("gelu", "forward", w.name, work, || {
-            gelu::forward(&dev, Forward { out: out.view_mut(), inp: inp.view() })
+    let dtype = bench.dtype(bench.precision);
+    for w in bench.moved() {
+        let batch = w.images;
+        let hidden = [batch, 1 + w.kept(), w.config.mlp_ratio * w.config.dim];
+        let case = Case {
+            op: "gelu",
+            direction: "forward",
+            shape: w.name,
+            batch,
+            precision: None,
+            cost: cost::gelu_forward(dtype, hidden.iter().product()),
+        };
+        bench.time(case, |on| {
+            let (inp, mut out) = (on.random(dtype, &hidden), on.zeros(dtype, &hidden));
+            move |dev| gelu::forward(dev, Forward { out: out.view_mut(), inp: inp.view() })
         });
-        let work = bytes(&[&inp, &grad_out, &out]);
-        bench.time("gelu", "backward", w.name, work, || {
-            gelu::backward(
-                &dev,
-                Backward { grad_inp: out.view_mut(), grad_out: grad_out.view(), inp: inp.view() },
-            )
+        let case = Case {
+            op: "gelu",
+            direction: "backward",
+            shape: w.name,
+            batch,
+            precision: None,
+            cost: cost::gelu_backward(dtype, hidden.iter().product()),
+        };
+        bench.time(case, |on| {
+            let (inp, grad_out) = (on.random(dtype, &hidden), on.random(dtype, &hidden));
+            let mut grad_inp = on.zeros(dtype, &hidden);
+            move |dev| {
+                gelu::backward(
+                    dev,
+                    Backward {
+                        grad_inp: grad_inp.view_mut(),
+                        grad_out: grad_out.view(),
+                        inp: inp.view(),
+                    },
+                )
+            }
         });
     }
 }

@@ -1,26 +1,35 @@
-//! Norm of as many gradients as a network has, or a block of it.
+//! Norm of as many gradients as a network has.
 
 use pixmim::DType;
+use pixmim::ops::cost;
 use pixmim::ops::grad_norm::{self, Forward, workspace_bytes};
 
-use crate::{Bench, bytes};
+use super::parameters;
+use crate::{Bench, Case};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let dev = bench.dev.clone();
-    for (name, elems) in bench.parameters() {
-        let grad = bench.random(DType::F32, &[elems]);
-        let mut norm = bench.zeros(DType::F32, &[1]);
-        let mut workspace = bench.workspace(workspace_bytes(&dev, elems));
-        let work = bytes(&[&grad]);
-        bench.time("grad_norm", "forward", name, work, || {
-            grad_norm::forward(
-                &dev,
-                Forward {
-                    norm: norm.view_mut(),
-                    grad: grad.view(),
-                    workspace: workspace.view_mut(),
-                },
-            )
+    for (shape, batch) in parameters(bench) {
+        let case = Case {
+            op: "grad_norm",
+            direction: "forward",
+            shape,
+            batch,
+            precision: None,
+            cost: cost::grad_norm_forward(DType::F32, batch),
+        };
+        bench.time(case, |on| {
+            let (grad, mut norm) = (on.random(DType::F32, &[batch]), on.zeros(DType::F32, &[1]));
+            let mut workspace = on.workspace(workspace_bytes(on.dev, batch));
+            move |dev| {
+                grad_norm::forward(
+                    dev,
+                    Forward {
+                        norm: norm.view_mut(),
+                        grad: grad.view(),
+                        workspace: workspace.view_mut(),
+                    },
+                )
+            }
         });
     }
 }

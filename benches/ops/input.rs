@@ -1,47 +1,62 @@
 //! From bytes to patches: with the pixels of the whole crop (PixMIM), and with the masked patches (MAE).
 
+use pixmim::ops::cost::{self, InputTarget};
 use pixmim::ops::input::{self, Forward, GEOMETRY_FIELDS, Target};
 use pixmim::{DType, Device};
 
+use super::has_own_decoder;
+use crate::inputs::Masks;
 use crate::workload::{Images, MEAN_STD};
-use crate::{Bench, Masks, bytes};
+use crate::{Bench, Case};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
-    for w in bench.workloads.clone() {
-        let (masks, images) = (Masks::new(bench, &w), Images::new(&w));
-        let (numbers, side) = (w.config.patch_numbers(), w.config.image_size);
-        let mut patches = bench.zeros(dtype, &[w.images, w.kept(), numbers]);
-        let shape = [w.images, w.config.patches() - w.kept(), numbers];
-        let mut target = bench.zeros(dtype.wide(), &shape);
-        let pixel_dtype = if let Device::Cuda(_) = dev { DType::U8 } else { dtype };
-        let mut pixels = bench.zeros(pixel_dtype, &[w.images, 3, side, side]);
-        let source = bench.holding(&images.pixels, &[images.pixels.len()]);
-        let geometry = bench.holding(&images.geometry, &[w.images, GEOMETRY_FIELDS]);
-        for (what, work) in [
-            ("filtered", bytes(&[&source, &patches, &pixels])),
-            ("raw", bytes(&[&source, &patches, &target])),
-        ] {
-            bench.time("input", what, w.name, work, || {
-                input::forward(
-                    &dev,
-                    Forward {
-                        patches: patches.view_mut(),
-                        target: match what {
-                            "filtered" => Target::Filtered { pixels: pixels.view_mut() },
-                            _ => Target::Raw {
-                                target: target.view_mut(),
-                                ids_masked: masks.ids_masked.view(),
+    let dtype = bench.dtype(bench.precision);
+    let pixel_dtype = if let Device::Cuda(_) = bench.dev { DType::U8 } else { dtype };
+    for w in bench.moved().into_iter().filter(has_own_decoder) {
+        let (batch, kept) = (w.images, w.kept());
+        let (side, patch_size) = (w.config.image_size, w.config.patch_size);
+        let (masked, numbers) = (w.config.patches() - kept, w.config.patch_numbers());
+        for (direction, kind) in
+            [("filtered", InputTarget::Filtered(pixel_dtype)), ("raw", InputTarget::Raw)]
+        {
+            let case = Case {
+                op: "input",
+                direction,
+                shape: w.name,
+                batch,
+                precision: None,
+                cost: cost::input_forward(dtype, [batch, side, patch_size, kept], kind),
+            };
+            bench.time(case, |on| {
+                let (masks, images) = (Masks::drawn(on, &w), Images::new(&w));
+                let source = on.holding(&images.pixels, &[images.pixels.len()]);
+                let geometry = on.holding(&images.geometry, &[batch, GEOMETRY_FIELDS]);
+                let mut patches = on.zeros(dtype, &[batch, kept, numbers]);
+                let mut target = match kind {
+                    InputTarget::Filtered(_) => on.zeros(pixel_dtype, &[batch, 3, side, side]),
+                    InputTarget::Raw => on.zeros(dtype.wide(), &[batch, masked, numbers]),
+                };
+                move |dev| {
+                    let target = target.view_mut();
+                    input::forward(
+                        dev,
+                        Forward {
+                            patches: patches.view_mut(),
+                            target: match kind {
+                                InputTarget::Filtered(_) => Target::Filtered { pixels: target },
+                                InputTarget::Raw => {
+                                    Target::Raw { target, ids_masked: masks.ids_masked.view() }
+                                }
                             },
+                            images: source.view(),
+                            geometry: geometry.view(),
+                            ids_keep: masks.ids_keep.view(),
+                            mean: MEAN_STD.0,
+                            std: MEAN_STD.1,
+                            patch_size,
                         },
-                        images: source.view(),
-                        geometry: geometry.view(),
-                        ids_keep: masks.ids_keep.view(),
-                        mean: MEAN_STD.0,
-                        std: MEAN_STD.1,
-                        patch_size: w.config.patch_size,
-                    },
-                )
+                    )
+                }
             });
         }
     }

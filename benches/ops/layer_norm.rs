@@ -1,65 +1,81 @@
 //! The layer norms of a block of the encoder and of the decoder.
 
+use pixmim::ops::cost;
 use pixmim::ops::layer_norm::{self, Backward, Forward, workspace_bytes};
 
-use crate::{Bench, bytes};
+use super::{Stack, stacks};
+use crate::{Bench, Case};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let (dev, dtype) = (bench.dev.clone(), bench.dtype);
-    for w in bench.workloads.clone() {
-        for (stack, tokens, dim) in [
-            ("encoder", 1 + w.kept(), w.config.dim),
-            ("decoder", 1 + w.config.patches(), w.config.decoder_dim),
-        ] {
-            let shape = format!("{} {stack}", w.name);
-            let rows = [w.images, tokens];
-            let full = [w.images, tokens, dim];
-            let (inp, weight, bias) = (
-                bench.random(dtype, &full),
-                bench.random(dtype, &[dim]),
-                bench.random(dtype, &[dim]),
-            );
-            let mut out = bench.zeros(dtype, &full);
-            let (mut mean, mut rstd) =
-                (bench.zeros(dtype.wide(), &rows), bench.zeros(dtype.wide(), &rows));
-            let work = bytes(&[&inp, &out, &mean, &rstd]);
-            bench.time("layer_norm", "forward", &shape, work, || {
-                layer_norm::forward(
-                    &dev,
-                    Forward {
-                        out: out.view_mut(),
-                        mean: mean.view_mut(),
-                        rstd: rstd.view_mut(),
-                        inp: inp.view(),
-                        weight: weight.view(),
-                        bias: bias.view(),
-                        eps: 1e-6,
-                    },
-                )
+    let dtype = bench.dtype(bench.precision);
+    for w in bench.moved() {
+        for Stack { name, tokens, dim, .. } in stacks(&w) {
+            let (shape, batch) = (&format!("{} {name}", w.name), w.images);
+            let rows = batch * tokens;
+            let case = Case {
+                op: "layer_norm",
+                direction: "forward",
+                shape,
+                batch,
+                precision: None,
+                cost: cost::layer_norm_forward(dtype, [rows, dim]),
+            };
+            bench.time(case, |on| {
+                let inp = on.random(dtype, &[rows, dim]);
+                let (weight, bias) = (on.random(dtype, &[dim]), on.random(dtype, &[dim]));
+                let mut out = on.zeros(dtype, &[rows, dim]);
+                let mut mean = on.zeros(dtype.wide(), &[rows]);
+                let mut rstd = on.zeros(dtype.wide(), &[rows]);
+                move |dev| {
+                    layer_norm::forward(
+                        dev,
+                        Forward {
+                            out: out.view_mut(),
+                            mean: mean.view_mut(),
+                            rstd: rstd.view_mut(),
+                            inp: inp.view(),
+                            weight: weight.view(),
+                            bias: bias.view(),
+                            eps: 1e-6,
+                        },
+                    )
+                }
             });
-            let grad_out = bench.random(dtype, &full);
-            let mut grad_inp = bench.zeros(dtype, &full);
-            let mut grad_weight = bench.zeros(dtype.wide(), &[dim]);
-            let mut grad_bias = bench.zeros(dtype.wide(), &[dim]);
-            let mut workspace =
-                bench.workspace(workspace_bytes(&dev, dtype, w.images * tokens, dim));
-            // `grad_inp` accumulates: it is read and written.
-            let work = bytes(&[&inp, &grad_out, &grad_inp, &grad_inp, &mean, &rstd]);
-            bench.time("layer_norm", "backward", &shape, work, || {
-                layer_norm::backward(
-                    &dev,
-                    Backward {
-                        grad_inp: grad_inp.view_mut(),
-                        grad_weight: grad_weight.view_mut(),
-                        grad_bias: grad_bias.view_mut(),
-                        grad_out: grad_out.view(),
-                        inp: inp.view(),
-                        mean: mean.view(),
-                        rstd: rstd.view(),
-                        weight: weight.view(),
-                        workspace: workspace.view_mut(),
-                    },
-                )
+            let case = Case {
+                op: "layer_norm",
+                direction: "backward",
+                shape,
+                batch,
+                precision: None,
+                cost: cost::layer_norm_backward(dtype, [rows, dim]),
+            };
+            bench.time(case, |on| {
+                let inp = on.random(dtype, &[rows, dim]);
+                let grad_out = on.random(dtype, &[rows, dim]);
+                let weight = on.random(dtype, &[dim]);
+                // Whatever the statistics, it takes as long.
+                let mean = on.random(dtype.wide(), &[rows]);
+                let rstd = on.random(dtype.wide(), &[rows]);
+                let mut grad_inp = on.zeros(dtype, &[rows, dim]);
+                let mut grad_weight = on.zeros(dtype.wide(), &[dim]);
+                let mut grad_bias = on.zeros(dtype.wide(), &[dim]);
+                let mut workspace = on.workspace(workspace_bytes(on.dev, dtype, rows, dim));
+                move |dev| {
+                    layer_norm::backward(
+                        dev,
+                        Backward {
+                            grad_inp: grad_inp.view_mut(),
+                            grad_weight: grad_weight.view_mut(),
+                            grad_bias: grad_bias.view_mut(),
+                            grad_out: grad_out.view(),
+                            inp: inp.view(),
+                            mean: mean.view(),
+                            rstd: rstd.view(),
+                            weight: weight.view(),
+                            workspace: workspace.view_mut(),
+                        },
+                    )
+                }
             });
         }
     }

@@ -4,10 +4,10 @@ use std::cell::RefCell;
 use std::ffi::c_void;
 use std::ops::Range;
 
-use pixmim_core::{Device, TensorMut, TensorRef};
+use pixmim_core::{Device, Place, TensorMut, TensorRef};
 
 use crate::context::{PIXMIM_CPU, pixmim_context};
-use crate::status::{Failure, Outcome, PIXMIM_DEVICE, guard, pixmim_status};
+use crate::status::{Failure, Outcome, PIXMIM_DEVICE, PIXMIM_SHAPE, guard, pixmim_status};
 use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
 
 /// A call while its arguments are read: it remembers which bytes were seen, since what is written may overlap nothing else.
@@ -44,12 +44,20 @@ pub(crate) fn call(
 ) -> pixmim_status {
     guard(|| {
         // SAFETY: the header asks of the caller that it came from `pixmim_context_create`.
-        let context = unsafe { pointee("context", context) }?;
-        let body = Sent(body);
-        context.run(stream, move |dev| {
-            let call = Call { dev, device: context.device, seen: RefCell::default() };
-            body.get()(&call)
-        })
+        run(unsafe { pointee("context", context) }?, stream, body)
+    })
+}
+
+/// Runs the body of a call in the context's threads.
+pub(crate) fn run(
+    context: &pixmim_context,
+    stream: *mut c_void,
+    body: impl FnOnce(&Call<'_>) -> Outcome,
+) -> Outcome {
+    let body = Sent(body);
+    context.run(stream, move |dev| {
+        let call = Call { dev, device: context.device, seen: RefCell::default() };
+        body.get()(&call)
     })
 }
 
@@ -70,9 +78,25 @@ impl Call<'_> {
         name: &'static str,
         tensor: *const pixmim_tensor,
     ) -> Outcome<TensorRef<'a>> {
-        let found = self.expect(name, self.describe(name, tensor)?, false)?;
-        let place = self.dev.place();
-        // SAFETY: the header asks of the caller that `data` leads to such elements until the work is done; `expect` has seen
+        let found = self.describe(name, tensor)?;
+        self.expect_device(name, &found)?;
+        self.view(name, found)
+    }
+
+    /// A tensor that is copied from, on the device or the host.
+    pub(crate) fn copy_from<'a>(
+        &self,
+        name: &'static str,
+        tensor: *const pixmim_tensor,
+    ) -> Outcome<TensorRef<'a>> {
+        let found = self.describe(name, tensor)?;
+        self.expect_device_or_host(name, &found)?;
+        self.view(name, found)
+    }
+
+    fn view<'a>(&self, name: &'static str, found: Described) -> Outcome<TensorRef<'a>> {
+        let (place, found) = (self.place(&found), self.claim(name, found, false)?);
+        // SAFETY: the header asks of the caller that `data` leads to such elements until the work is done; `claim` has seen
         // that nothing of the call writes them.
         let view = unsafe { TensorRef::from_raw(place, found.data, found.dtype, &found.dims) };
         view.map_err(|error| named(name, error))
@@ -84,9 +108,25 @@ impl Call<'_> {
         name: &'static str,
         tensor: *const pixmim_tensor,
     ) -> Outcome<TensorMut<'a>> {
-        let found = self.expect(name, self.describe(name, tensor)?, true)?;
-        let place = self.dev.place();
-        // SAFETY: as in `read`; `expect` has seen that no other argument of the call shares a byte with it.
+        let found = self.describe(name, tensor)?;
+        self.expect_device(name, &found)?;
+        self.view_mut(name, found)
+    }
+
+    /// A tensor that is copied to, on the device or the host.
+    pub(crate) fn copy_to<'a>(
+        &self,
+        name: &'static str,
+        tensor: *const pixmim_tensor,
+    ) -> Outcome<TensorMut<'a>> {
+        let found = self.describe(name, tensor)?;
+        self.expect_device_or_host(name, &found)?;
+        self.view_mut(name, found)
+    }
+
+    fn view_mut<'a>(&self, name: &'static str, found: Described) -> Outcome<TensorMut<'a>> {
+        let (place, found) = (self.place(&found), self.claim(name, found, true)?);
+        // SAFETY: as in `view`; `claim` has seen that no other argument of the call shares a byte with it.
         let view = unsafe { TensorMut::from_raw(place, found.data, found.dtype, &found.dims) };
         view.map_err(|error| named(name, error))
     }
@@ -112,25 +152,39 @@ impl Call<'_> {
             data: workspace.cast(),
             dims: vec![*bytes],
         };
-        let found = self.expect("workspace", found, true)?;
-        let place = self.dev.place();
-        // SAFETY: the header asks of the caller that as many bytes are there; `expect` has seen that they are nobody else's.
-        let view = unsafe { TensorMut::from_raw(place, found.data, found.dtype, &found.dims) };
-        view.map(Some).map_err(|error| named("workspace", error))
+        self.view_mut("workspace", found).map(Some)
     }
 
-    /// Refuses a tensor of another device, and one that overlaps another if either is written.
-    fn expect(&self, name: &'static str, found: Described, written: bool) -> Outcome<Described> {
-        if found.device != self.device {
-            let named = |device: i32| match device {
-                PIXMIM_CPU => "the CPU (-1)".to_owned(),
-                ordinal => format!("GPU {ordinal}"),
-            };
-            let (on, ours) = (named(found.device), named(self.device));
-            let why =
-                format!("`{name}` is on {on}, the context is for {ours}; copy it there first");
-            return Err(Failure::new(PIXMIM_DEVICE, why));
+    /// Refuses a tensor of another device.
+    fn expect_device(&self, name: &str, found: &Described) -> Outcome {
+        if found.device == self.device {
+            return Ok(());
         }
+        let named = |device: i32| match device {
+            PIXMIM_CPU => "the CPU (-1)".to_owned(),
+            ordinal => format!("GPU {ordinal}"),
+        };
+        let (on, ours) = (named(found.device), named(self.device));
+        let why = format!("`{name}` is on {on}, the context is for {ours}; copy it there first");
+        Err(Failure::new(PIXMIM_DEVICE, why))
+    }
+
+    fn expect_device_or_host(&self, name: &str, found: &Described) -> Outcome {
+        if found.device == PIXMIM_CPU { Ok(()) } else { self.expect_device(name, found) }
+    }
+
+    /// Where a tensor of the device or the host is.
+    fn place(&self, found: &Described) -> Place {
+        if found.device == PIXMIM_CPU { Place::Host } else { self.dev.place() }
+    }
+
+    /// Refuses a tensor that overlaps another of the call if either is written.
+    pub(crate) fn claim(
+        &self,
+        name: &'static str,
+        found: Described,
+        written: bool,
+    ) -> Outcome<Described> {
         if found.data.is_null() && found.elems() > 0 {
             return Err(Failure::invalid(name, "has NULL for its data"));
         }
@@ -155,6 +209,9 @@ impl Call<'_> {
 fn named(name: &str, error: pixmim_core::Error) -> Failure {
     match error {
         pixmim_core::Error::Invalid { why, .. } => Failure::invalid(name, why),
+        pixmim_core::Error::Shape { expected, found, .. } => {
+            Failure::new(PIXMIM_SHAPE, format!("`{name}` has shape {found:?}, expected {expected}"))
+        }
         other => other.into(),
     }
 }
@@ -166,6 +223,14 @@ pub(crate) fn size(name: &str, value: i64) -> Outcome<usize> {
         .ok()
         .filter(|&value| value <= MOST)
         .ok_or_else(|| Failure::invalid(name, format!("is {value}; it lies between 0 and {MOST}")))
+}
+
+/// A flag.
+pub(crate) fn flag(name: &str, value: i32) -> Outcome<bool> {
+    match value {
+        0 | 1 => Ok(value == 1),
+        _ => Err(Failure::invalid(name, format!("is {value}; it is 0 or 1"))),
+    }
 }
 
 /// Three numbers.

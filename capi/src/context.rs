@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pixmim_core::cuda::probe;
 use pixmim_core::{Cpu, Device, Gpu, Products};
@@ -34,14 +34,15 @@ pub struct pixmim_context_options {
 }
 
 /// A device that calls run on. May be used by several threads at once.
+#[derive(Clone)]
 pub struct pixmim_context {
     pub(crate) device: i32,
     /// The device, on a GPU with a stream of its own.
     base: Device,
     /// On a GPU: the same with each stream that was seen.
-    streams: Mutex<HashMap<usize, Gpu>>,
+    streams: Arc<Mutex<HashMap<usize, Gpu>>>,
     /// On the CPU.
-    pool: Option<ThreadPool>,
+    pool: Option<Arc<ThreadPool>>,
     process: u32,
 }
 
@@ -69,15 +70,11 @@ impl pixmim_context {
 
     pub(crate) fn with(device: i32, base: Device, pool: Option<ThreadPool>) -> Self {
         let process = std::process::id();
-        Self { device, base, streams: Mutex::default(), pool, process }
+        Self { device, base, streams: Arc::default(), pool: pool.map(Arc::new), process }
     }
 
     /// The device on the caller's stream.
     fn on(&self, stream: *mut c_void) -> Outcome<Device> {
-        if std::process::id() != self.process {
-            let why = "was made in another process: a fork has neither its threads nor its GPU; make one after the fork";
-            return Err(Failure::invalid("context", why));
-        }
         let Device::Cuda(gpu) = &self.base else { return Ok(self.base.clone()) };
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(gpu) = streams.get(&stream.addr()) {
@@ -95,10 +92,32 @@ impl pixmim_context {
         stream: *mut c_void,
         body: impl FnOnce(&Device) -> Outcome<T> + Send,
     ) -> Outcome<T> {
+        self.expect_process()?;
         let dev = self.on(stream)?;
+        self.install(|| body(&dev))
+    }
+
+    /// As [`run`](Self::run), on a stream of the context's own.
+    pub(crate) fn run_apart<T: Send>(
+        &self,
+        body: impl FnOnce(&Device) -> Outcome<T> + Send,
+    ) -> Outcome<T> {
+        self.expect_process()?;
+        self.install(|| body(&self.base))
+    }
+
+    fn expect_process(&self) -> Outcome {
+        if std::process::id() == self.process {
+            return Ok(());
+        }
+        let why = "was made in another process: a fork has neither its threads nor its GPU; make one after the fork";
+        Err(Failure::invalid("context", why))
+    }
+
+    fn install<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         match &self.pool {
-            Some(pool) => pool.install(|| body(&dev)),
-            None => body(&dev),
+            Some(pool) => pool.install(body),
+            None => body(),
         }
     }
 }

@@ -17,6 +17,9 @@
 mod call;
 pub mod context;
 pub mod mae;
+pub mod model;
 pub mod status;
 pub mod tensor;
+#[cfg(test)]
+mod tests;
 pub mod vit;

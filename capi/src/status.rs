@@ -21,6 +21,8 @@ pub const PIXMIM_DTYPE: pixmim_status = 3;
 pub const PIXMIM_DEVICE: pixmim_status = 4;
 /// Too small a workspace.
 pub const PIXMIM_WORKSPACE: pixmim_status = 5;
+/// A model that another thread is using.
+pub const PIXMIM_BUSY: pixmim_status = 6;
 /// No such device, or one that cannot be used here.
 pub const PIXMIM_NO_DEVICE: pixmim_status = 10;
 /// Memory that could not be had.
@@ -63,7 +65,7 @@ impl From<Error> for Failure {
             Error::Gpu { .. } => PIXMIM_GPU,
             Error::Io { .. } => PIXMIM_IO,
             Error::Corrupt { .. } | Error::Data { .. } => PIXMIM_CORRUPT,
-            Error::Invalid { .. } | Error::Config(_) => PIXMIM_INVALID,
+            Error::Invalid { .. } | Error::Config(_) | Error::Diverged { .. } => PIXMIM_INVALID,
             _ => PIXMIM_INTERNAL,
         };
         Self { status, sentence: error.to_string() }
@@ -112,6 +114,7 @@ pub extern "C" fn pixmim_status_name(status: pixmim_status) -> *const c_char {
         PIXMIM_DTYPE => c"PIXMIM_DTYPE",
         PIXMIM_DEVICE => c"PIXMIM_DEVICE",
         PIXMIM_WORKSPACE => c"PIXMIM_WORKSPACE",
+        PIXMIM_BUSY => c"PIXMIM_BUSY",
         PIXMIM_NO_DEVICE => c"PIXMIM_NO_DEVICE",
         PIXMIM_OUT_OF_MEMORY => c"PIXMIM_OUT_OF_MEMORY",
         PIXMIM_GPU => c"PIXMIM_GPU",

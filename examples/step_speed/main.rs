@@ -9,7 +9,7 @@ use std::time::Instant;
 use clap::builder::PossibleValuesParser;
 use clap::{Parser, ValueEnum};
 use pixmim::{Device, Error, Result};
-use workload::{Images, Precision, SMALL64, TINY, VIT_B, VIT_L, Workload};
+use workload::{Images, LSMAE, Precision, SMALL64, TINY, VIT_B, VIT_H, VIT_L, Workload};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Size {
@@ -23,6 +23,11 @@ enum Size {
     /// ViT-L/16 at 224, decoder 512 x 8 x 16, batch 8.
     #[value(name = "vit_l")]
     VitL,
+    /// ViT-H/14 at 224, decoder 512 x 8 x 16, batch 8.
+    #[value(name = "vit_h")]
+    VitH,
+    /// ViT-B/16 at 448, masked in blocks of 2 x 2, decoder 512 x 8 x 16, batch 8.
+    Lsmae,
 }
 
 impl Size {
@@ -32,6 +37,8 @@ impl Size {
             Self::Small64 => SMALL64,
             Self::VitB => VIT_B,
             Self::VitL => VIT_L,
+            Self::VitH => VIT_H,
+            Self::Lsmae => LSMAE,
         }
     }
 }
@@ -94,7 +101,7 @@ fn time(cli: &Cli, dev: &Device) -> Result<Measured> {
     let mut workload = cli.size.workload();
     workload.images = cli.micro_batch.or(cli.batch).unwrap_or(workload.images).max(1);
     let mut trainer = match (&dev, cli.micro_batch, cli.size) {
-        (Device::Cuda(_), None, Size::VitB | Size::VitL) => {
+        (Device::Cuda(_), None, Size::VitB | Size::VitL | Size::VitH | Size::Lsmae) => {
             let trainer;
             let most = cli.batch.unwrap_or(1024);
             (workload, trainer) = workload.fitting(most, &dev, dtype)?;

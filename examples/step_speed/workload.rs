@@ -12,6 +12,8 @@ pub(crate) struct Workload {
     pub(crate) name: &'static str,
     pub(crate) config: MaeConfig,
     pub(crate) images: usize,
+    /// Side of the blocks of patches that are masked together.
+    pub(crate) mask_block: usize,
 }
 
 /// Image 32, patch 8, encoder 64 x 2 x 2, decoder 48 x 2 x 3, batch 2: as much as the host executor runs in no time.
@@ -29,6 +31,7 @@ pub(crate) const TINY: Workload = Workload {
         mlp_ratio: 2,
     },
     images: 2,
+    mask_block: 1,
 };
 
 /// Image 64, patch 8, encoder 192 x 6 x 3, decoder 96 x 2 x 3, batch 64: the preset `demo`.
@@ -46,13 +49,24 @@ pub(crate) const SMALL64: Workload = Workload {
         mlp_ratio: 4,
     },
     images: 64,
+    mask_block: 1,
 };
+
 /// ViT-B/16 at 224, decoder 512 x 8 x 16, batch 8.
-pub(crate) const VIT_B: Workload =
-    Workload { name: "vit_b", config: MaeConfig::VIT_BASE_PATCH16, images: 8 };
+pub(crate) const VIT_B: Workload = vit("vit_b", MaeConfig::VIT_BASE_PATCH16);
 /// ViT-L/16 at 224, decoder 512 x 8 x 16, batch 8.
-pub(crate) const VIT_L: Workload =
-    Workload { name: "vit_l", config: MaeConfig::VIT_LARGE_PATCH16, images: 8 };
+pub(crate) const VIT_L: Workload = vit("vit_l", MaeConfig::VIT_LARGE_PATCH16);
+/// ViT-H/14 at 224, decoder 512 x 8 x 16, batch 8.
+pub(crate) const VIT_H: Workload = vit("vit_h", MaeConfig::VIT_HUGE_PATCH14);
+/// LSMAE: ViT-B/16 at 448, which are four times the patches, masked in blocks of 2 x 2, batch 8.
+pub(crate) const LSMAE: Workload = Workload {
+    mask_block: 2,
+    ..vit("lsmae", MaeConfig { image_size: 448, ..MaeConfig::VIT_BASE_PATCH16 })
+};
+
+const fn vit(name: &'static str, config: MaeConfig) -> Workload {
+    Workload { name, config, images: 8, mask_block: 1 }
+}
 
 /// Mean and standard deviation of ImageNet's colours.
 pub(crate) const MEAN_STD: ([f64; 3], [f64; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
@@ -74,7 +88,7 @@ impl Workload {
             radius: Some(self.radius()),
             norm_pix: true,
             kept: self.kept(),
-            mask_block: 1,
+            mask_block: self.mask_block,
             mean: MEAN_STD.0,
             std: MEAN_STD.1,
             betas: [0.9, 0.95],

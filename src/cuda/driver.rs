@@ -1,8 +1,10 @@
 //! The seam beneath every launch: what a GPU does for us, and nothing else.
 //!
 //! Two implementations: `nvidia` (the CUDA driver and cublasLt, loaded at run time) and `simt` (the host executor, which
-//! runs the same kernels compiled for the CPU). All work goes to one stream, in order.
+//! runs the same kernels compiled for the CPU). All work of a driver goes to one stream, in order.
 
+use std::ffi::c_void;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::{DType, Result};
@@ -96,10 +98,24 @@ pub(crate) trait Graph: Send {
     fn replay(&self) -> Result<()>;
 }
 
-/// A GPU.
+/// A GPU with a stream.
 pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// What it can do.
     fn properties(&self) -> &Properties;
+
+    /// The same GPU with somebody else's stream; `None` if it has no streams.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::Error::Invalid) for a stream of another context.
+    ///
+    /// # Safety
+    /// As [`Gpu::on_stream`](super::Gpu::on_stream).
+    #[expect(unsafe_code, reason = "trusts a pointer")]
+    unsafe fn on_stream(&self, stream: *mut c_void) -> Result<Option<Arc<dyn Driver>>>;
+
+    /// Address of its CUDA context, which tells whose streams and memory are its own; `None` on the host executor.
+    #[cfg(feature = "cuda")]
+    fn context(&self) -> Option<usize>;
 
     /// Bytes of memory that nobody has taken.
     ///
@@ -176,7 +192,7 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration>;
 
     /// From here on launches, products, copies on the device and clears are recorded, not run. The shapes of all products
-    /// must have been seen before.
+    /// must have been seen before. All of these also work while the stream's owner is capturing it.
     ///
     /// # Errors
     /// [`Gpu`](crate::Error::Gpu).

@@ -13,6 +13,8 @@ mod nvidia;
 pub mod probe;
 #[cfg(pixmim_simt)]
 mod simt;
+#[cfg(feature = "cuda")]
+mod slices;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,12 +24,18 @@ pub use driver::{DevPtr, Properties};
 pub(crate) use driver::{Driver, Graph, Launch, Matmul, Matrix};
 #[cfg(pixmim_simt)]
 pub use simt::SimtOptions;
+#[cfg(feature = "cuda")]
+pub use slices::{SliceMut, SliceRef};
 
 use crate::device::Place;
 use crate::{Error, Result};
 
 /// Work recorded by [`Gpu::record`], to be done again as a whole: one call in place of hundreds.
-pub struct Recording(Mutex<Box<dyn Graph>>);
+pub struct Recording {
+    graph: Mutex<Box<dyn Graph>>,
+    /// Keeps a borrowed stream alive.
+    _gpu: Gpu,
+}
 
 impl std::fmt::Debug for Recording {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -41,15 +49,18 @@ impl Recording {
     /// # Errors
     /// Those of the recorded work.
     pub fn replay(&self) -> Result<()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).replay()
+        self.graph.lock().unwrap_or_else(PoisonError::into_inner).replay()
     }
 }
 
-/// A GPU and its stream: cheap to clone, all clones are one.
+/// A GPU and a stream of it: cheap to clone, all clones are one.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     driver: Arc<dyn Driver>,
     id: u32,
+    /// The stream, if it is borrowed from cudarc. Must outlive the driver.
+    #[cfg(feature = "cuda")]
+    cudarc: Option<Arc<cudarc::driver::CudaStream>>,
 }
 
 impl Gpu {
@@ -82,35 +93,29 @@ impl Gpu {
         Err(Error::NoDevice { asked: "cuda".into(), why: why.into() })
     }
 
-    /// The NVIDIA GPU of this ordinal, with a stream of somebody else: PyTorch's, say.
+    /// The same GPU with somebody else's stream, such as PyTorch's current one: tensors, filters and kernels are common to
+    /// both, and products are computed the same way. Takes little time; the first product takes 32 MiB of workspace.
+    /// Dropping its last clone waits for all work of the GPU. The host executor has no streams, and gives itself.
+    ///
+    /// While the stream's owner is capturing it (as PyTorch's CUDA graphs do), ops, [`Device::copy`](crate::Device::copy) and
+    /// [`clear`](crate::Device::clear) are captured with it. Products must have been computed once before, on any stream.
     ///
     /// # Errors
-    /// As [`nvidia`](Self::nvidia), and [`Error::Invalid`] for a stream of another context than the primary one.
+    /// [`Error::Invalid`] for a stream of another context than the GPU's primary one; [`Error::Gpu`].
     ///
     /// # Safety
-    /// `stream` must be a `CUstream` or `cudaStream_t`, or null for the legacy default stream, and outlive the GPU, its
-    /// tensors and all that was recorded on it.
-    #[cfg(feature = "cuda")]
+    /// * `stream` must be a `CUstream` or `cudaStream_t`; null is the legacy default stream. It must be alive whenever the
+    ///   GPU given back is called, and when a tensor made with that, or a [`Recording`], is dropped.
+    /// * Streams run side by side: a tensor that is written on one must not be read, written or dropped on another before
+    ///   the caller has ordered the two, by an event say.
+    /// * What the owner has captured uses the workspace: the GPU given back must outlive those graphs, and no two of them
+    ///   with products may run at once, nor one beside the stream.
     #[expect(unsafe_code, reason = "trusts a pointer")]
-    pub unsafe fn nvidia_with_stream(
-        ordinal: usize,
-        stream: *mut std::ffi::c_void,
-    ) -> Result<Self> {
+    pub unsafe fn on_stream(&self, stream: *mut std::ffi::c_void) -> Result<Self> {
         // SAFETY: what is asked of the stream is asked of the caller.
-        let driver = unsafe { nvidia::Nvidia::with_stream(ordinal, stream) }?;
-        Ok(Self::new(Arc::new(driver)))
-    }
-
-    /// The same GPU with another stream: what was made with one can be used with the other.
-    ///
-    /// # Errors
-    /// As [`nvidia_with_stream`](Self::nvidia_with_stream).
-    ///
-    /// # Safety
-    /// As for [`nvidia_with_stream`](Self::nvidia_with_stream).
-    #[expect(unsafe_code, reason = "trusts a pointer")]
-    pub unsafe fn on_stream(&self, _stream: *mut std::ffi::c_void) -> Result<Self> {
-        Ok(self.clone())
+        let driver = unsafe { self.driver.on_stream(stream) }?;
+        let driver = driver.unwrap_or_else(|| Arc::clone(&self.driver));
+        Ok(Self { id: self.id, ..Self::new(driver) })
     }
 
     /// How matrix products seen so far are computed, as bytes for [`load_matmul_plans`](Self::load_matmul_plans).
@@ -129,7 +134,12 @@ impl Gpu {
 
     fn new(driver: Arc<dyn Driver>) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        Self { driver, id: NEXT.fetch_add(1, Ordering::Relaxed) }
+        Self {
+            driver,
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            #[cfg(feature = "cuda")]
+            cudarc: None,
+        }
     }
 
     /// What it can do.
@@ -177,7 +187,7 @@ impl Gpu {
         // Whatever happened, the stream must not stay recording.
         let graph = self.driver.end_capture();
         enqueued?;
-        Ok(Recording(Mutex::new(graph?)))
+        Ok(Recording { graph: Mutex::new(graph?), _gpu: self.clone() })
     }
 
     /// Enqueues a kernel by its name, with the bytes of its parameters: for tests of the executor itself.

@@ -1,9 +1,9 @@
 //! An NVIDIA GPU: the CUDA driver through cudarc's raw functions, matrix products through cublasLt.
 //!
 //! All work goes to one stream of the GPU's primary context, which each call makes current on its thread, as calls of the
-//! CUDA runtime do. There is no event tracking and no memory pool; the only
-//! calls that wait are those that must: [`free`](Driver::free), [`download`](Driver::download) and
-//! [`synchronize`](Driver::synchronize).
+//! CUDA runtime do. Kernels and plans are shared by all streams of a GPU ([`Shared`]). There is no event tracking and no
+//! memory pool; the only calls that wait are those that must: [`free`](Driver::free), [`download`](Driver::download),
+//! [`synchronize`](Driver::synchronize) and [`time`](Driver::time).
 
 mod copies;
 mod graph;
@@ -11,7 +11,7 @@ mod handles;
 mod kernels;
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::sys;
@@ -21,7 +21,7 @@ pub(super) use self::copies::{upload, within_gpu};
 use self::handles::Context;
 pub(super) use self::handles::{Event, Memory, Stream};
 use self::kernels::{Kernels, Suspects};
-use crate::cuda::cublaslt::Plans;
+use crate::cuda::cublaslt::{Lane, Plans, WORKSPACE_BYTES};
 use crate::cuda::driver::{DevPtr, Driver, Graph, Launch, Matmul, Properties};
 use crate::cuda::kernels::FATBINS;
 use crate::cuda::probe::{self, Found};
@@ -42,18 +42,26 @@ pub(super) fn symbols() -> impl Iterator<Item = &'static str> {
 #[derive(Clone)]
 pub(crate) struct Nvidia(Arc<Inner>);
 
-/// Fields drop in this order: the context goes last.
+/// What all streams of a GPU share. Fields drop in this order: the context goes last.
+#[derive(Debug)]
+struct Shared {
+    properties: Properties,
+    plans: Plans,
+    kernels: Kernels,
+    context: Context,
+}
+
+/// What each stream has of its own. Fields drop in this order.
 #[derive(Debug)]
 struct Inner {
-    properties: Properties,
     suspects: Suspects,
-    /// Memory given back while recording, which must wait for the end of that.
+    /// Memory given back while the stream is captured, which must wait for the end of that.
     freed_late: Mutex<Vec<Memory>>,
-    uploads: Mutex<Uploads>,
-    plans: Mutex<Plans>,
-    kernels: Kernels,
+    /// Made when first needed, like the workspace.
+    uploads: Mutex<Option<Uploads>>,
+    workspace: Mutex<Option<Memory>>,
     stream: Stream,
-    context: Context,
+    gpu: Arc<Shared>,
 }
 
 impl Nvidia {
@@ -63,34 +71,12 @@ impl Nvidia {
     /// [`NoDevice`](Error::NoDevice) with what the [`probe`] says; [`Gpu`](Error::Gpu) and
     /// [`OutOfMemory`](Error::OutOfMemory) if the GPU cannot be opened.
     pub(crate) fn new(ordinal: usize) -> Result<Self> {
-        Self::open(ordinal, Stream::new)
-    }
-
-    /// The GPU of this ordinal, with a stream made by somebody else in its primary context: PyTorch's, say.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new), and [`Invalid`](Error::Invalid) for a stream of another context.
-    ///
-    /// # Safety
-    /// The stream must be a `CUstream`, or null for the legacy default stream, and outlive `Self` and every graph
-    /// recorded on it.
-    #[expect(unsafe_code, reason = "trusts a pointer")]
-    pub(crate) unsafe fn with_stream(ordinal: usize, stream: *mut c_void) -> Result<Self> {
-        Self::open(ordinal, || Ok(Stream::borrow(stream.cast())))
-    }
-
-    fn open(ordinal: usize, stream: impl FnOnce() -> Result<Stream>) -> Result<Self> {
         let found = probe::probe()
             .map_err(|reason| Error::NoDevice { asked: name(ordinal), why: reason.to_string() })?;
-        Self::start(found, ordinal, FATBINS, stream)
+        Self::start(found, ordinal, FATBINS)
     }
 
-    fn start(
-        found: &Found,
-        ordinal: usize,
-        fatbins: &[(&str, &'static [u8])],
-        stream: impl FnOnce() -> Result<Stream>,
-    ) -> Result<Self> {
+    fn start(found: &Found, ordinal: usize, fatbins: &[(&str, &'static [u8])]) -> Result<Self> {
         let refuse = |why| Err(Error::NoDevice { asked: name(ordinal), why });
         let Some(gpu) = found.gpus.get(ordinal) else {
             return refuse(format!("the driver shows {} GPUs, counted from 0", found.gpus.len()));
@@ -108,36 +94,58 @@ impl Nvidia {
             }
             context => context?,
         };
-        let stream = stream()?;
-        if !context.owns(&stream)? {
-            let why = format!("is not of the primary context of GPU {ordinal}; make it there");
-            return Err(Error::invalid("stream", why));
-        }
-        let kernels = Kernels::load(fatbins, &gpu.name)?;
-        let plans = Plans::new(gpu, found)?;
-        let uploads = Uploads::new()?;
         let properties = Properties {
             name: gpu.name.clone(),
             multiprocessors: gpu.multiprocessors,
             shared_bytes: gpu.shared_bytes,
             memory_bytes: gpu.memory_bytes,
         };
-        Ok(Self(Arc::new(Inner {
-            properties,
+        let kernels = Kernels::load(fatbins, &gpu.name)?;
+        let plans = Plans::new(gpu, found)?;
+        let gpu =
+            Self::with(Stream::new()?, Arc::new(Shared { properties, plans, kernels, context }));
+        // Now, so that memory seen to be available stays so.
+        gpu.0.workspace()?;
+        Ok(gpu)
+    }
+
+    fn with(stream: Stream, gpu: Arc<Shared>) -> Self {
+        Self(Arc::new(Inner {
             suspects: Suspects::default(),
             freed_late: Mutex::default(),
-            uploads: Mutex::new(uploads),
-            plans: Mutex::new(plans),
-            kernels,
+            uploads: Mutex::default(),
+            workspace: Mutex::default(),
             stream,
-            context,
-        })))
+            gpu,
+        }))
+    }
+
+    /// The same GPU with another stream of its context.
+    fn on(&self, stream: Stream) -> Result<Self> {
+        self.0.bind()?;
+        if !self.0.gpu.context.owns(&stream)? {
+            let gpu = &self.0.gpu.properties.name;
+            let why = format!("is not of the primary context of this {gpu}; make it there");
+            return Err(Error::invalid("stream", why));
+        }
+        Ok(Self::with(stream, Arc::clone(&self.0.gpu)))
     }
 }
 
 impl Inner {
-    fn plans(&self) -> MutexGuard<'_, Plans> {
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Makes the GPU's context current on this thread.
+    fn bind(&self) -> Result<()> {
+        self.gpu.context.bind()
+    }
+
+    /// Address of the workspace of products. Works while the stream is being captured.
+    fn workspace(&self) -> Result<u64> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memory) = &*workspace {
+            return Ok(memory.address());
+        }
+        let memory = Memory::new(WORKSPACE_BYTES, "the workspace of cublasLt")?;
+        Ok(workspace.insert(memory).address())
     }
 
     /// A status that may be about earlier work.
@@ -151,7 +159,8 @@ impl Inner {
     /// What is behind the error of a call that enqueues: work enqueued before, if that has failed.
     fn blame(&self, error: Error) -> Error {
         let Error::Gpu { action, .. } = error else { return error };
-        if matches!(self.stream.is_capturing(), Ok(true)) {
+        // Waiting spoils a capture: this stream's, or that of one which the default stream waits for.
+        if !matches!(self.stream.is_capturing(), Ok(false)) {
             return error;
         }
         self.check(action, self.stream.synchronize()).err().unwrap_or(error)
@@ -165,15 +174,25 @@ impl Inner {
         }
         Ok(())
     }
+
+    /// Frees `memory` and what was given back while the stream was being captured, unless it still is.
+    fn free(&self, memory: Option<Memory>) {
+        let mut freed = self.freed_late.lock().unwrap_or_else(PoisonError::into_inner);
+        freed.extend(memory);
+        // Waiting now would spoil the capture. cuMemFree waits in practice; its manual only says that it may.
+        if !freed.is_empty() && matches!(self.stream.is_capturing(), Ok(false)) {
+            let _ = self.stream.synchronize();
+            freed.clear();
+        }
+    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // What the fields free must not be in use, and their context must be current.
-        if self.context.bind().is_ok() {
-            let uploads = self.uploads.get_mut().unwrap_or_else(PoisonError::into_inner);
-            let _ = uploads.synchronize();
-            let _ = self.stream.synchronize();
+        // What the fields free must not be in use, and their context must be current. A stream of somebody else may be
+        // gone by now, so it is not asked.
+        if self.bind().is_ok() {
+            let _ = self.gpu.context.synchronize();
         }
     }
 }
@@ -185,55 +204,62 @@ fn name(ordinal: usize) -> String {
 
 impl std::fmt::Debug for Nvidia {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Nvidia").field(&self.0.properties).finish()
+        f.debug_tuple("Nvidia").field(&self.0.gpu.properties).finish()
     }
 }
 
 impl Driver for Nvidia {
     fn properties(&self) -> &Properties {
-        &self.0.properties
+        &self.0.gpu.properties
+    }
+
+    #[expect(unsafe_code, reason = "trusts a pointer")]
+    unsafe fn on_stream(&self, stream: *mut c_void) -> Result<Option<Arc<dyn Driver>>> {
+        Ok(Some(Arc::new(self.on(Stream::borrow(stream.cast()))?)))
+    }
+
+    fn context(&self) -> Option<usize> {
+        Some(self.0.gpu.context.address())
     }
 
     fn available_bytes(&self) -> Result<u64> {
-        self.0.context.bind()?;
+        self.0.bind()?;
         handles::available_bytes()
     }
 
     fn alloc(&self, bytes: usize, what: &'static str) -> Result<DevPtr> {
-        self.0.context.bind()?;
+        self.0.bind()?;
         self.0.expect_no_capture("allocate")?;
+        self.0.free(None);
         Ok(DevPtr(Memory::new(bytes, what)?.into_raw()))
     }
 
     fn free(&self, memory: DevPtr) {
-        if memory == DevPtr::default() || self.0.context.bind().is_err() {
-            return;
+        if memory != DevPtr::default() && self.0.bind().is_ok() {
+            self.0.free(Some(Memory::from_raw(memory.0)));
         }
-        let memory = Memory::from_raw(memory.0);
-        if self.0.stream.is_capturing().unwrap_or(true) {
-            // Waiting now would spoil the recording.
-            self.0.freed_late.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
-            return;
-        }
-        // cuMemFree waits in practice; its manual only says that it may.
-        let _ = self.0.stream.synchronize();
     }
 
     fn upload(&self, dst: DevPtr, src: &[u8]) -> Result<()> {
         if src.is_empty() {
             return Ok(());
         }
-        self.0.context.bind()?;
+        self.0.bind()?;
         self.0.expect_no_capture("copy from the host")?;
         let mut uploads = self.0.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        uploads.copy(dst.0, src, &self.0.stream).map_err(|error| self.0.blame(error))
+        let made = match &mut *uploads {
+            Some(uploads) => Ok(uploads),
+            none => Uploads::new().map(|uploads| none.insert(uploads)),
+        };
+        made.and_then(|uploads| uploads.copy(dst.0, src, &self.0.stream))
+            .map_err(|error| self.0.blame(error))
     }
 
     fn download(&self, dst: &mut [u8], src: DevPtr) -> Result<()> {
         if dst.is_empty() {
             return Ok(());
         }
-        self.0.context.bind()?;
+        self.0.bind()?;
         self.0.expect_no_capture("copy to the host")?;
         self.0.check("copy to the host", copies::to_host(dst, src.0, &self.0.stream))?;
         self.0.suspects.clear();
@@ -244,7 +270,7 @@ impl Driver for Nvidia {
         if bytes == 0 {
             return Ok(());
         }
-        self.0.context.bind()?;
+        self.0.bind()?;
         within_gpu(dst.0, src.0, bytes, &self.0.stream).map_err(|error| self.0.blame(error))
     }
 
@@ -252,67 +278,67 @@ impl Driver for Nvidia {
         if bytes == 0 {
             return Ok(());
         }
-        self.0.context.bind()?;
+        self.0.bind()?;
         copies::clear(dst.0, bytes, &self.0.stream).map_err(|error| self.0.blame(error))
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.0.context.bind()?;
-        self.0.kernels.launch(launch, &self.0.stream, &self.0.suspects)
+        self.0.bind()?;
+        self.0.gpu.kernels.launch(launch, &self.0.stream, &self.0.suspects)
     }
 
     fn matmul(&self, matmul: &Matmul) -> Result<()> {
         if matmul.m == 0 || matmul.n == 0 || matmul.batch == 0 {
             return Ok(());
         }
-        self.0.context.bind()?;
-        self.0.plans().run(matmul, &self.0.stream).map_err(|error| self.0.blame(error))?;
+        self.0.bind()?;
+        let run = |workspace| {
+            let lane = Lane { stream: &self.0.stream, workspace };
+            self.0.gpu.plans.run(matmul, lane)
+        };
+        self.0.workspace().and_then(run).map_err(|error| self.0.blame(error))?;
         self.0.suspects.push(PRODUCT);
         Ok(())
     }
 
     fn plans(&self) -> Vec<u8> {
-        self.0.plans().export()
+        self.0.gpu.plans.export()
     }
 
     fn load_plans(&self, plans: &[u8]) -> Result<usize, String> {
-        self.0.plans().import(plans)
+        self.0.gpu.plans.import(plans)
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.0.context.bind()?;
+        self.0.bind()?;
         self.0.check("finish its work", self.0.stream.synchronize())?;
         self.0.suspects.clear();
         Ok(())
     }
 
     fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration> {
-        self.0.context.bind()?;
+        self.0.bind()?;
         self.0.expect_no_capture("time its work")?;
         let (start, end) = (Event::timed()?, Event::timed()?);
         start.record(&self.0.stream).map_err(|error| self.0.blame(error))?;
         enqueue()?;
         // The work may have made another GPU's context current.
-        self.0.context.bind()?;
+        self.0.bind()?;
         end.record(&self.0.stream).map_err(|error| self.0.blame(error))?;
         self.synchronize()?;
         Ok(Duration::from_secs_f64(f64::from(end.milliseconds_since(&start)?) / 1e3))
     }
 
     fn begin_capture(&self) -> Result<()> {
-        self.0.context.bind()?;
+        self.0.bind()?;
         self.0.expect_no_capture("begin to record")?;
         graph::begin(&self.0.stream)
     }
 
     fn end_capture(&self) -> Result<Box<dyn Graph>> {
-        self.0.context.bind()?;
+        self.0.bind()?;
         let replay = graph::end(&self.0);
-        let mut freed = self.0.freed_late.lock().unwrap_or_else(PoisonError::into_inner);
-        if !freed.is_empty() {
-            let _ = self.0.stream.synchronize();
-            freed.clear();
-        }
+        self.0.free(None);
         Ok(Box::new(replay?))
     }
 }

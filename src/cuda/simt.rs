@@ -1,7 +1,7 @@
 //! The host executor as a driver: kernels run to their end at the launch, products on the CPU.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -269,6 +269,16 @@ impl Driver for Simt {
         &self.properties
     }
 
+    #[expect(unsafe_code, reason = "the signature")]
+    unsafe fn on_stream(&self, _stream: *mut c_void) -> Result<Option<Arc<dyn Driver>>> {
+        Ok(None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn context(&self) -> Option<usize> {
+        None
+    }
+
     fn plans(&self) -> Vec<u8> {
         Vec::new()
     }
@@ -368,5 +378,38 @@ struct Recording {
 impl Graph for Recording {
     fn replay(&self) -> Result<()> {
         self.commands.iter().try_for_each(|command| run(command, self.options))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Gpu;
+
+    #[test]
+    #[expect(unsafe_code, reason = "calls an unsafe function")]
+    fn on_any_stream_it_is_itself() {
+        let gpu = Gpu::simt(SimtOptions::default()).unwrap();
+        // SAFETY: null is a stream.
+        let other = unsafe { gpu.on_stream(std::ptr::null_mut()) }.unwrap();
+        assert_eq!(gpu.place(), other.place());
+        let recording = other.record(|| {
+            assert!(gpu.record(|| Ok(())).is_err(), "one recording for both");
+            Ok(())
+        });
+        recording.unwrap().replay().unwrap();
+    }
+
+    #[test]
+    fn time_is_that_of_the_calls() {
+        let gpu = Gpu::simt(SimtOptions::default()).unwrap();
+        let pause = Duration::from_millis(2);
+        let time = gpu.time(|| {
+            std::thread::sleep(pause);
+            Ok(())
+        });
+        assert!(time.unwrap() >= pause);
+        let error = gpu.record(|| gpu.time(|| Ok(())).map(drop)).unwrap_err().to_string();
+        assert!(error.contains("being recorded"), "{error}");
     }
 }

@@ -6,7 +6,7 @@ use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, decoder, pos_embed};
 use crate::ops::{cast, layer_norm, linear, patch_embed};
-use crate::{Arena, DType, Device, Result, Tensor, TensorList};
+use crate::{Arena, DType, Device, Result, Tensor, TensorList, TensorRef};
 
 /// Tokens before the first patch: the class token.
 const PREFIX: usize = 1;
@@ -70,6 +70,21 @@ impl Mae {
                 cast::Forward { out: rounded.flat_mut(), inp: self.weights.flat() },
             ),
         }
+    }
+
+    /// Replaces weight `index`, by a tensor of its dtype and shape on the device or the host, and rounds it.
+    ///
+    /// # Errors
+    /// As [`Device::copy`].
+    ///
+    /// # Panics
+    /// If there is no such weight.
+    pub fn set_weight(&mut self, dev: &Device, index: usize, weight: TensorRef<'_>) -> Result<()> {
+        let [into] = self.weights.views_mut([index]);
+        dev.copy(into, weight)?;
+        let Some(rounded) = &mut self.rounded else { return Ok(()) };
+        let [out] = rounded.views_mut([index]);
+        cast::forward(dev, cast::Forward { out, inp: self.weights.view(index) })
     }
 
     /// Replaces the fixed positions, `(1 + L, D)` and `(1 + L, Dd)`.

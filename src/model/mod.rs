@@ -3,6 +3,7 @@
 pub mod activations;
 mod block;
 pub mod config;
+pub mod cost;
 mod decoder;
 pub mod mae;
 pub mod params;

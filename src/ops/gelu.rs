@@ -136,30 +136,20 @@ pub(super) mod launch {
     }
 }
 
-pub(super) mod cpu {
+mod cpu {
     use rayon::prelude::*;
 
     use super::{Backward, Forward};
     use crate::cpu::{Real, simd};
+    use crate::scalar::{gelu, gelu_slope};
 
     /// Elements of a piece of work.
     const PIECE: usize = 16_384;
 
-    #[inline(always)]
-    pub(in crate::ops) fn value<T: Real>(x: T) -> T {
-        x * x.normal_cdf_pdf().0
-    }
-
-    #[inline(always)]
-    pub(in crate::ops) fn slope<T: Real>(x: T) -> T {
-        let (cdf, pdf) = x.normal_cdf_pdf();
-        cdf + x * pdf
-    }
-
     pub(super) fn forward<T: Real>(args: Forward<'_>) {
         let out = args.out.into_slice::<T>().par_chunks_mut(PIECE);
         out.zip(args.inp.as_slice::<T>().par_chunks(PIECE)).for_each(|(out, inp)| {
-            simd!(|| out.iter_mut().zip(inp).for_each(|(y, &x)| *y = value(x)));
+            simd!(|| out.iter_mut().zip(inp).for_each(|(y, &x)| *y = gelu(x)));
         });
     }
 
@@ -170,7 +160,7 @@ pub(super) mod cpu {
         grad_inp.zip(grad_out.zip(inp)).for_each(|(grad_inp, (grad_out, inp))| {
             simd!(|| {
                 for ((grad, &out), &x) in grad_inp.iter_mut().zip(grad_out).zip(inp) {
-                    *grad = out * slope(x);
+                    *grad = out * gelu_slope(x);
                 }
             });
         });

@@ -6,8 +6,9 @@
 //!
 //! On a GPU `pixels` holds the bytes themselves, and nobody looks at `geometry` there: see [`check_geometry`].
 
-use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
+use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::Call;
+pub use crate::scalar::reflect;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
 /// Which `S x S` crop of an image of bytes the network sees.
@@ -33,15 +34,6 @@ pub struct Geometry {
 
 /// Fields of a [`Geometry`].
 pub const GEOMETRY_FIELDS: usize = size_of::<Geometry>() / size_of::<i64>();
-
-/// The pixel that lies at `i` when `0..n` is continued by reflection that does not repeat the edge:
-/// `.. 2 1 | 0 1 2 .. n-1 | n-2 n-3 ..`. Holds for `-n < i < 2 n - 1`.
-#[must_use]
-pub const fn reflect(i: i64, n: usize) -> usize {
-    let last = n as i64 - 1;
-    let i = i.abs();
-    (if i > last { 2 * last - i } else { i }) as usize
-}
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -85,7 +77,7 @@ pub enum Target<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a
-/// geometry or id outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
+/// geometry, id or colour outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
@@ -130,6 +122,7 @@ impl Forward<'_> {
         let [images, kept, _] = self.patches.dims(call, "patches", "(B, K, E)")?;
         let numbers = patch_numbers(call, patch_size)?;
         expect_nonzero(call, "patches", &[images, kept, numbers])?;
+        expect_colours(call, self.mean, self.std)?;
         self.patches.expect(call, "patches", dtype, &[images, kept, numbers])?;
         self.ids_keep.expect(call, "ids_keep", DType::I32, &[images, kept])?;
         self.geometry.expect(call, "geometry", DType::I64, &[images, GEOMETRY_FIELDS])?;
@@ -200,6 +193,7 @@ mod cpu {
 
     use super::{Dims, Forward, Geometry, Target, reflect};
     use crate::cpu::Real;
+    use crate::scalar::patch_corner;
 
     /// A crop, read through its geometry.
     struct Crop<'a> {
@@ -243,8 +237,7 @@ mod cpu {
         patches.zip(ids).enumerate().for_each(|(b, (patches, ids))| {
             let crop = crop(b);
             for (patch, &id) in patches.chunks_exact_mut(numbers).zip(ids) {
-                let (top, left) =
-                    (id as usize / grid * patch_size, id as usize % grid * patch_size);
+                let (top, left) = patch_corner(id as usize, grid, patch_size);
                 let (red, rest) = patch.split_at_mut(numbers / 3);
                 let (green, blue) = rest.split_at_mut(numbers / 3);
                 for y in 0..patch_size {
@@ -266,8 +259,7 @@ mod cpu {
                 target.zip(ids).enumerate().for_each(|(b, (target, ids))| {
                     let crop = crop(b);
                     for (patch, &id) in target.chunks_exact_mut(numbers).zip(ids) {
-                        let (top, left) =
-                            (id as usize / grid * patch_size, id as usize % grid * patch_size);
+                        let (top, left) = patch_corner(id as usize, grid, patch_size);
                         for (to, pixel) in patch.chunks_exact_mut(3).enumerate() {
                             let row = crop.row(top + to / patch_size);
                             let from = crop.column(left + to % patch_size);

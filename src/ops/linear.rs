@@ -191,7 +191,7 @@ pub(super) mod cpu {
     use crate::Cpu;
     use crate::cpu::gemm::{Mat, MatMut, matmul};
     use crate::cpu::{Real, rows_per_task, simd};
-    use crate::ops::gelu;
+    use crate::scalar::{gelu, gelu_slope};
 
     pub(super) fn forward<T: Real>(args: Forward<'_>, dims: Dims, cpu: Cpu) {
         let Dims { rows, inputs, outputs, .. } = dims;
@@ -233,7 +233,7 @@ pub(super) mod cpu {
                         for (out, pre) in rows.zip(pre.chunks_exact_mut(outputs)) {
                             for ((y, x), &bias) in out.iter_mut().zip(pre).zip(bias) {
                                 *x = *x + bias;
-                                *y = gelu::cpu::value(*x);
+                                *y = gelu(*x);
                             }
                         }
                     });
@@ -262,7 +262,7 @@ pub(super) mod cpu {
             grad.par_chunks_mut(piece).zip(pre.par_chunks(piece)).for_each(|(grad, pre)| {
                 simd!(|| {
                     for (grad, &x) in grad.iter_mut().zip(pre) {
-                        *grad = *grad * gelu::cpu::slope(x);
+                        *grad = *grad * gelu_slope(x);
                     }
                 });
             });

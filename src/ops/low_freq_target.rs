@@ -19,7 +19,7 @@
 
 mod launch;
 
-use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
+use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::{Call, Place};
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -56,6 +56,20 @@ struct Table<T> {
     back: Vec<T>,
 }
 
+/// Whether the disc holds the bin of these signed frequencies.
+fn is_kept(size: usize, radius: f64, bin: [i64; 2]) -> bool {
+    // Twice the distance from the disc's centre, exact in integers: 2 f + 1 for even sizes, 2 f for odd ones.
+    let twice = |f: i64| 2 * f + i64::from(size.is_multiple_of(2));
+    bin.map(|f| twice(f).pow(2)).iter().sum::<i64>() as f64 <= 4.0 * radius * radius
+}
+
+/// Signed frequencies of an axis of which any bin is kept, ascending.
+pub(super) fn frequencies(size: usize, radius: f64) -> Vec<i64> {
+    let half = (size / 2) as i64;
+    let nearest = if size.is_multiple_of(2) { -1 } else { 0 };
+    (-half..size as i64 - half).filter(|&f| is_kept(size, radius, [f, nearest])).collect()
+}
+
 /// Arguments of [`forward`].
 #[derive(Debug)]
 pub struct Forward<'a> {
@@ -88,14 +102,7 @@ impl Filter {
     /// # Errors
     /// [`Error::Invalid`] unless `radius` keeps at least one bin; [`Error::OutOfMemory`] or [`Error::Gpu`] for its tables.
     pub fn new(dev: &Device, size: usize, radius: f64) -> Result<Self> {
-        let half = (size / 2) as i64;
-        // Twice the distance from the disc's centre, exact in integers: 2 f + 1 for even sizes, 2 f for odd ones.
-        let twice = |f: i64| 2 * f + i64::from(size.is_multiple_of(2));
-        let kept =
-            |u: i64, v: i64| (twice(u).pow(2) + twice(v).pow(2)) as f64 <= 4.0 * radius * radius;
-        let range = -half..size as i64 - half;
-        let nearest = if size.is_multiple_of(2) { -1 } else { 0 };
-        let frequencies: Vec<i64> = range.filter(|&f| kept(f, nearest)).collect();
+        let frequencies = frequencies(size, radius);
         if !radius.is_finite() || radius < 0.0 || frequencies.is_empty() {
             let why = format!(
                 "is {radius} and keeps no frequency of {size} pixels; PixMIM has 40 at 224"
@@ -104,7 +111,9 @@ impl Filter {
         }
         let keep = frequencies
             .iter()
-            .flat_map(|&u| frequencies.iter().map(move |&v| if kept(u, v) { 1.0 } else { 0.0 }))
+            .flat_map(|&u| {
+                frequencies.iter().map(move |&v| f64::from(is_kept(size, radius, [u, v])))
+            })
             .collect();
         let f32 = Table::new(size, &frequencies, |x| x as f32);
         let tables = match dev {
@@ -196,7 +205,7 @@ pub fn workspace_bytes(
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`] or [`Error::Place`] unless the arguments are as their fields say;
-/// [`Error::Invalid`] for a filter of another size, an id outside its bounds, or more patches than a kernel takes;
+/// [`Error::Invalid`] for a filter of another size, an id or colour outside its bounds, or more patches than a kernel takes;
 /// [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dtype = args.check(dev)?;
@@ -221,6 +230,7 @@ impl Forward<'_> {
         let [images, _, side, _] = self.pixels.dims(call, "pixels", "(B, 3, S, S)")?;
         let [_, masked] = self.ids_masked.dims(call, "ids_masked", "(B, M)")?;
         let numbers = patch_numbers(call, self.patch_size)?;
+        expect_colours(call, self.mean, self.std)?;
         expect_nonzero(call, "target", &[images, masked, numbers])?;
         self.pixels.expect(call, "pixels", dtype, &[images, 3, side, side])?;
         self.ids_masked.expect(call, "ids_masked", DType::I32, &[images, masked])?;
@@ -254,6 +264,7 @@ mod cpu {
     use super::{Filter, Forward, LANES, Table, Tables};
     use crate::cpu::gemm::{Mat, MatMut, matmul_here};
     use crate::cpu::{Real, simd};
+    use crate::scalar::patch_corner;
 
     /// The tables in precision `T`.
     trait InPrecision: Real {
@@ -292,8 +303,7 @@ mod cpu {
                     let low = low_pass(filter, channel, scratch);
                     let (mean, std) = (T::of(mean[c]), T::of(std[c]));
                     for (patch, &id) in target.chunks_exact_mut(numbers).zip(ids) {
-                        let top = id as usize / grid * patch_size;
-                        let left = id as usize % grid * patch_size;
+                        let (top, left) = patch_corner(id as usize, grid, patch_size);
                         for y in 0..patch_size {
                             let row = &low[(top + y) * side + left..][..patch_size];
                             let into = &mut patch[y * patch_size * 3..][..patch_size * 3];

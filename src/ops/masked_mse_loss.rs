@@ -4,13 +4,11 @@
 //! `sqrt(var + 1e-6)`, var with `E - 1` below (He et al. 2021, section 4; `norm_pix_loss` of the MAE source). Every image
 //! masks the same number of patches, so this is the sum over masked patches divided by their number.
 
-use super::{expect_nonzero, for_real};
+use super::{FINITE, expect_nonzero, expect_within, for_real};
 use crate::device::Call;
+pub use crate::scalar::NORM_PIX_EPS;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
-
-/// Added to a target patch's variance.
-pub const NORM_PIX_EPS: f64 = 1e-6;
 
 /// Arguments of [`forward_backward`].
 #[derive(Debug)]
@@ -44,7 +42,7 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, patches: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number;
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number and a `scale` that is not finite;
 /// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
     let call = Call { op: "masked_mse_loss", dev };
@@ -61,6 +59,7 @@ pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
             "needs patches of two numbers",
         ));
     }
+    expect_within(call, "scale", args.scale, FINITE)?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward_backward::<T>(args)),
         Device::Cuda(gpu) => launch::forward_backward(gpu, args)?,
@@ -71,8 +70,9 @@ pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
 mod cpu {
     use rayon::prelude::*;
 
-    use super::{ForwardBackward, NORM_PIX_EPS};
+    use super::ForwardBackward;
     use crate::cpu::{Real, rows_per_task, simd, sum};
+    use crate::scalar::PatchNorm;
 
     pub(super) fn forward_backward<T: Real>(args: ForwardBackward<'_>) {
         let numbers = *args.pred.shape().last().expect("checked: (B, M, E)");
@@ -89,12 +89,10 @@ mod cpu {
                 let rows = pred.chunks_exact(numbers).zip(target.chunks_exact(numbers));
                 let into = grad.chunks_exact_mut(numbers).zip(losses);
                 for ((grad, loss), (pred, target)) in into.zip(rows) {
-                    let (shift, factor) =
-                        if args.norm_pix { standardise(target) } else { (T::ZERO, T::ONE) };
-                    let error = |pred: T, target: T| pred - (target - shift) * factor;
-                    *loss = sum([pred, target], |[p, t]| error(p, t) * error(p, t));
+                    let norm = if args.norm_pix { norm_of(target) } else { PatchNorm::NONE };
+                    *loss = sum([pred, target], |[p, t]| norm.squared_error(p, t));
                     for ((grad, &p), &t) in grad.iter_mut().zip(pred).zip(target) {
-                        *grad = T::of(2.0) * per_number * error(p, t);
+                        *grad = norm.gradient(per_number, p, t);
                     }
                 }
             });
@@ -104,13 +102,12 @@ mod cpu {
         *loss = *loss + T::of(total * args.scale / (patches * numbers) as f64);
     }
 
-    /// A patch's mean, and one over its standard deviation.
     #[inline(always)]
-    fn standardise<T: Real>(patch: &[T]) -> (T, T) {
+    fn norm_of<T: Real>(patch: &[T]) -> PatchNorm<T> {
         let n = patch.len() as f64;
         let mean = sum([patch], |[x]| x) / T::of(n);
         let var = sum([patch], |[x]| (x - mean) * (x - mean)) / T::of(n - 1.0);
-        (mean, T::ONE / (var + T::of(NORM_PIX_EPS)).sqrt())
+        PatchNorm::new(mean, var)
     }
 }
 

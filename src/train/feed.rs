@@ -1,31 +1,10 @@
 //! The batch and the recorded work of a step on a GPU.
 
-use super::step::MicroBatch;
+use super::step::Inputs;
 use crate::cuda::{Gpu, Recording};
-use crate::ops::input::{self, Geometry};
-use crate::{DType, Device, Result, Tensor, TensorRef};
-
-/// A micro-batch where the ops read it: in the loader's memory on the CPU, in tensors of the GPU's otherwise.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Inputs<'a> {
-    /// `(bytes)` u8.
-    pub(super) images: TensorRef<'a>,
-    /// `(B, 6)` i64.
-    pub(super) geometry: TensorRef<'a>,
-    /// `(B)` i64.
-    pub(super) samples: TensorRef<'a>,
-}
-
-impl<'a> Inputs<'a> {
-    pub(super) fn on_host(batch: MicroBatch<'a>) -> Result<Self> {
-        let images = batch.samples.len();
-        Ok(Self {
-            images: TensorRef::new(batch.images, &[batch.images.len()])?,
-            geometry: TensorRef::new(batch.geometry, &[images, input::GEOMETRY_FIELDS])?,
-            samples: TensorRef::new(batch.samples, &[images])?,
-        })
-    }
-}
+use crate::device::Place;
+use crate::ops::input;
+use crate::{DType, Device, Result, Tensor};
 
 /// A GPU's copy of the micro-batch. It keeps its place from step to step, so that recorded work finds it.
 #[derive(Debug)]
@@ -33,6 +12,7 @@ pub(super) struct Feed {
     images: Tensor,
     geometry: Tensor,
     samples: Tensor,
+    epoch: Tensor,
 }
 
 impl Feed {
@@ -42,22 +22,27 @@ impl Feed {
             images: Tensor::new(dev, DType::U8, &[bytes])?,
             geometry: Tensor::new(dev, DType::I64, &[images, input::GEOMETRY_FIELDS])?,
             samples: Tensor::new(dev, DType::I64, &[images])?,
+            epoch: Tensor::new(dev, DType::I64, &[1])?,
         })
     }
 
     /// Whether the batch's images fit.
-    pub(super) fn holds(&self, batch: MicroBatch<'_>) -> bool {
-        batch.images.len() <= self.images.view().elems()
+    pub(super) fn holds(&self, batch: Inputs<'_>) -> bool {
+        batch.images.elems() <= self.images.view().elems()
     }
 
-    /// Copies the batch in, once its crops of `side` pixels are seen to lie inside its images: a kernel would trust them.
-    pub(super) fn fill(&mut self, dev: &Device, batch: MicroBatch<'_>, side: usize) -> Result<()> {
-        let rows: &[Geometry] = bytemuck::cast_slice(batch.geometry);
-        input::check_geometry(rows, batch.images.len(), side)?;
-        let (images, _) = self.images.view_mut().split_at(batch.images.len());
-        dev.upload(images, batch.images)?;
-        dev.upload(self.geometry.view_mut(), batch.geometry)?;
-        dev.upload(self.samples.view_mut(), batch.samples)
+    /// Copies the batch in. If its crops of `side` pixels leave its images it is refused, since a kernel would trust them;
+    /// of geometry that is on the GPU already nobody knows.
+    pub(super) fn fill(&mut self, dev: &Device, batch: Inputs<'_>, side: usize) -> Result<()> {
+        dev.copy(self.geometry.view_mut(), batch.geometry)?;
+        if batch.geometry.place() == Place::Host {
+            let rows = bytemuck::cast_slice(batch.geometry.as_slice::<i64>());
+            input::check_geometry(rows, batch.images.elems(), side)?;
+        }
+        let (images, _) = self.images.view_mut().split_at(batch.images.elems());
+        dev.copy(images, batch.images)?;
+        dev.copy(self.samples.view_mut(), batch.samples)?;
+        dev.copy(self.epoch.view_mut(), batch.epoch)
     }
 
     pub(super) fn inputs(&self) -> Inputs<'_> {
@@ -65,6 +50,7 @@ impl Feed {
             images: self.images.view(),
             geometry: self.geometry.view(),
             samples: self.samples.view(),
+            epoch: self.epoch.view(),
         }
     }
 }

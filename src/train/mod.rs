@@ -13,6 +13,7 @@ pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod signal;
+mod state;
 pub mod step;
 mod svg;
 pub mod tensorboard;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::canvas::{Canvas, Rgb, line_height, wrap};
 use super::files::write_atomic;
 use super::metrics::null_is_nan;
+use crate::scalar::{NORM_PIX_EPS, patch_corner, patch_of};
 use crate::{Error, Result};
 
 /// One image and what the network made of it. `S` is the side of the image, `p` of a patch, `L = (S / p)^2`.
@@ -315,7 +316,7 @@ impl<'a> Shown<'a> {
 
     fn colour(&self, column: usize, y: usize, x: usize) -> Rgb {
         let Settings { image_size, patch_size, .. } = *self.settings;
-        let masked = self.image.masked[patch_of(y, x, image_size, patch_size)];
+        let masked = self.image.masked[patch_of(y, x, image_size / patch_size, patch_size)];
         let at = 3 * (y * image_size + x);
         let colour_of = |image: &[f32]| [0, 1, 2].map(|c| byte(image[at + c]));
         match (column, masked) {
@@ -353,7 +354,7 @@ fn check(settings: &Settings<'_>, image: &Reconstruction) -> Result<Vec<usize>> 
         }
     }
     let masked_pixels: Vec<usize> = (0..side * side)
-        .filter(|at| image.masked[patch_of(at / side, at % side, side, patch_size)])
+        .filter(|at| image.masked[patch_of(at / side, at % side, side / patch_size, patch_size)])
         .collect();
     if masked_pixels.is_empty() || masked_pixels.len() == side * side {
         return Err(Error::invalid("masked", "must leave some patches masked and some visible"));
@@ -362,10 +363,6 @@ fn check(settings: &Settings<'_>, image: &Reconstruction) -> Result<Vec<usize>> 
 }
 
 /// Index of the patch that a pixel is in.
-fn patch_of(y: usize, x: usize, side: usize, patch_size: usize) -> usize {
-    y / patch_size * (side / patch_size) + x / patch_size
-}
-
 /// Network output `(L, p * p * 3)` as colours `(S, S, 3)`, clamped to [0, 1]: with `norm_pix` the statistics of the
 /// target's patches are put back first, then the normalisation of the colours is undone.
 fn in_colours(settings: &Settings<'_>, image: &Reconstruction, output: &[f32]) -> Vec<f32> {
@@ -375,7 +372,8 @@ fn in_colours(settings: &Settings<'_>, image: &Reconstruction, output: &[f32]) -
     for patch in 0..grid * grid {
         // Where number `i` of the patch, in the order row, column, channel, stands in an image.
         let at = |i: usize| {
-            let (y, x) = (patch / grid * p + i / (3 * p), patch % grid * p + i / 3 % p);
+            let (top, left) = patch_corner(patch, grid, p);
+            let (y, x) = (top + i / (3 * p), left + i / 3 % p);
             3 * (y * side + x) + i % 3
         };
         let numbers = p * p * 3;
@@ -384,7 +382,7 @@ fn in_colours(settings: &Settings<'_>, image: &Reconstruction, output: &[f32]) -
             let patch_mean = (0..numbers).map(normalised).sum::<f64>() / numbers as f64;
             let squares = (0..numbers).map(|i| (normalised(i) - patch_mean).powi(2)).sum::<f64>();
             // The unbiased variance and the epsilon of MAE's loss.
-            (patch_mean as f32, (squares / (numbers - 1) as f64 + 1e-6).sqrt() as f32)
+            (patch_mean as f32, (squares / (numbers - 1) as f64 + NORM_PIX_EPS).sqrt() as f32)
         } else {
             (0.0, 1.0)
         };
@@ -402,7 +400,7 @@ fn visible_mean(settings: &Settings<'_>, image: &Reconstruction) -> [f32; 3] {
     let mut sum = [0.0_f64; 3];
     let mut count = 0;
     for (at, pixel) in image.pixels.chunks_exact(3).enumerate() {
-        if !image.masked[patch_of(at / side, at % side, side, patch_size)] {
+        if !image.masked[patch_of(at / side, at % side, side / patch_size, patch_size)] {
             count += 1;
             for (sum, &value) in sum.iter_mut().zip(pixel) {
                 *sum += f64::from(value);

@@ -20,6 +20,8 @@ pub(super) struct Plan<'a> {
 
 /// Share of a GPU's free memory that a run leaves: for the batch's copy, planned products and recorded work.
 const SPARE_SHARE: u64 = 32;
+/// Up to here sums and products of sizes do not overflow.
+const MOST_BYTES: f64 = (1u64 << 60) as f64;
 
 impl Plan<'_> {
     fn batch(&self, images: usize) -> Batch {
@@ -95,8 +97,19 @@ impl Plan<'_> {
             + Arena::count(|arena| self.workspace(arena, images))
     }
 
-    /// Refuses a micro-batch that does not fit into a GPU's free memory, and names one that does.
+    /// Refuses a micro-batch that does not fit into a GPU's free memory, and names one that does; and on every device one
+    /// whose bytes no number of this machine counts.
     pub(super) fn expect_room(&self) -> Result<()> {
+        let MaeConfig { dim, decoder_dim, depth, decoder_depth, mlp_ratio, .. } = *self.config;
+        // No less than the activations' bytes: of a block a token keeps 8 + 2 mlp_ratio times its width and some statistics.
+        let of_token =
+            (dim.max(decoder_dim) * (mlp_ratio + 16) * (depth + decoder_depth)) as f64 * 16.0;
+        let of_patch = of_token + (64 * self.config.patch_numbers()) as f64;
+        let images = self.settings.micro_batch as f64;
+        if images * (1 + self.config.patches()) as f64 * of_patch > MOST_BYTES {
+            let why = format!("is {images}, which no memory holds for this network; lower it");
+            return Err(Error::invalid("optim.micro_batch", why));
+        }
         let Device::Cuda(gpu) = self.dev else { return Ok(()) };
         let free = gpu.available_bytes()?;
         let room = free - free / SPARE_SHARE;

@@ -1,13 +1,13 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
-use super::feed::{Feed, Inputs, Work};
+use super::feed::{Feed, Work};
 use super::plan::Plan;
 use crate::TensorList;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
-use crate::{Arena, DType, Device, Result, Tensor, TensorRef};
+use crate::{Arena, DType, Device, Error, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,6 +55,31 @@ pub struct MicroBatch<'a> {
     pub epoch: u32,
 }
 
+/// A micro-batch as tensors, each in the host's memory or the device's.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// `(bytes)` u8: the images, one after another.
+    pub images: TensorRef<'a>,
+    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks.
+    pub geometry: TensorRef<'a>,
+    /// `(B)` i64: decides each image's mask, with seed and epoch.
+    pub samples: TensorRef<'a>,
+    /// `(1)` i64: epoch of the step, below 2^28.
+    pub epoch: TensorRef<'a>,
+}
+
+impl<'a> Inputs<'a> {
+    fn on_host(batch: MicroBatch<'a>, epoch: &'a [i64; 1]) -> Result<Self> {
+        let images = batch.samples.len();
+        Ok(Self {
+            images: TensorRef::new(batch.images, &[batch.images.len()])?,
+            geometry: TensorRef::new(batch.geometry, &[images, input::GEOMETRY_FIELDS])?,
+            samples: TensorRef::new(batch.samples, &[images])?,
+            epoch: TensorRef::new(epoch, &[1])?,
+        })
+    }
+}
+
 /// What an update came to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
@@ -70,6 +95,8 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Trainer {
     dev: Device,
+    /// The device it was made with: memory is had and given back on its stream, as later ones may be gone by then.
+    home: Device,
     settings: Settings,
     /// The network.
     pub mae: Mae,
@@ -90,10 +117,13 @@ pub struct Trainer {
     workspace: Tensor,
     /// On a GPU: its copy of the micro-batch, and the step as recorded work.
     feed: Option<Feed>,
-    micro_work: Work,
+    forward_work: Work,
+    backward_work: Work,
     update_work: Work,
-    /// What the recorded work was recorded for.
+    /// What the forward pass was recorded for.
     micro_batches: usize,
+    /// Whether there are activations that no backward pass has used.
+    forwarded: bool,
     memory_bytes: usize,
 }
 
@@ -110,8 +140,6 @@ pub(super) struct Scalars {
     lr: Tensor,
     /// `(1)` i64: updates done.
     updates: Tensor,
-    /// `(1)` i64.
-    epoch: Tensor,
 }
 
 impl Scalars {
@@ -122,7 +150,6 @@ impl Scalars {
             coefficients: arena.tensor(wide, &[adamw::COEFFICIENTS]),
             lr: arena.tensor(DType::F64, &[1]),
             updates: arena.tensor(DType::I64, &[1]),
-            epoch: arena.tensor(DType::I64, &[1]),
         }
     }
 }
@@ -131,8 +158,8 @@ impl Trainer {
     /// Plans and allocates everything a run needs.
     ///
     /// # Errors
-    /// As [`MaeConfig::check`] and [`Filter::new`]; [`crate::Error::Invalid`] for a micro-batch that does not fit into a
-    /// GPU's memory, naming one that does; [`crate::Error::OutOfMemory`].
+    /// As [`MaeConfig::check`] and [`Filter::new`]; [`Error::Invalid`] for a micro-batch that does not fit into a
+    /// GPU's memory, naming one that does; [`Error::OutOfMemory`].
     pub fn new(dev: Device, config: MaeConfig, dtype: DType, settings: Settings) -> Result<Self> {
         config.check()?;
         let filter =
@@ -156,6 +183,7 @@ impl Trainer {
         let (exp_avg_sq, _) = mae.like_weights(&dev, "second moments")?;
         let (grads, _) = mae.like_weights(&dev, "gradients")?;
         let mut trainer = Self {
+            home: dev.clone(),
             dev,
             settings,
             mae,
@@ -171,13 +199,19 @@ impl Trainer {
             scalars,
             workspace,
             feed: None,
-            micro_work: Work::New,
+            forward_work: Work::New,
+            backward_work: Work::New,
             update_work: Work::New,
             micro_batches: 0,
+            forwarded: false,
             memory_bytes,
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        // What there is to tell before the first update.
+        let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
+        trainer.dev.clear(norm.view_mut())?;
+        trainer.dev.clear(coefficients.view_mut())?;
         Ok(trainer)
     }
 
@@ -193,48 +227,120 @@ impl Trainer {
         &self.dev
     }
 
+    /// What the last forward pass left: masks and prediction among it.
+    #[must_use]
+    pub fn activations(&self) -> &Activations {
+        &self.acts
+    }
+
+    /// `(B, M, E)`, wide: what the last forward pass was to predict.
+    #[must_use]
+    pub fn target(&self) -> &Tensor {
+        &self.target
+    }
+
     /// What [`input`] writes for the filter: a GPU filters bytes, exactly.
     #[must_use]
     pub fn pixel_dtype(&self) -> DType {
         self.pixel_dtype
     }
 
-    /// Adds the gradient of one of the `micro_batches` of a step. On a GPU it is enqueued, and the batch's memory may be
-    /// reused at once.
+    /// Goes on with another device of the same memory: a GPU on another stream, a CPU that multiplies otherwise. What was
+    /// recorded is recorded anew. Work on the new stream must be ordered after that on the old one, by an event say; the
+    /// stream that the trainer was made with must outlive it.
+    ///
+    /// # Errors
+    /// [`Error::Place`] for a device with other memory.
+    pub fn set_device(&mut self, dev: Device) -> Result<()> {
+        let (expected, found) = (self.dev.place(), dev.place());
+        if found != expected {
+            return Err(Error::Place { op: "set_device", arg: "dev", expected, found });
+        }
+        self.dev = dev;
+        for work in [&mut self.forward_work, &mut self.backward_work, &mut self.update_work] {
+            *work = Work::New;
+        }
+        Ok(())
+    }
+
+    /// Waits for all work enqueued so far.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] for what went wrong in that work.
+    pub fn synchronize(&self) -> Result<()> {
+        if let Device::Cuda(gpu) = &self.dev { gpu.synchronize() } else { Ok(()) }
+    }
+
+    /// Adds the gradient of one of the `micro_batches` of a step: [`forward_loss`](Self::forward_loss), then
+    /// [`backward`](Self::backward). On a GPU it is enqueued, and the batch's memory may be reused at once.
     ///
     /// # Errors
     /// Those of the ops, if the batch does not fit the settings.
     pub fn accumulate(&mut self, batch: MicroBatch<'_>, micro_batches: usize) -> Result<()> {
-        self.dev.upload(self.scalars.epoch.view_mut(), &[i64::from(batch.epoch)])?;
-        let Device::Cuda(gpu) = self.dev.clone() else {
-            return self.micro_step(Inputs::on_host(batch)?, micro_batches);
-        };
+        let epoch = [i64::from(batch.epoch)];
+        self.forward_loss(Inputs::on_host(batch, &epoch)?, micro_batches)?;
+        self.backward()
+    }
+
+    /// Adds to the loss that of one of the `micro_batches` of a step. On a GPU it is enqueued; a batch that is there
+    /// already is copied within it.
+    ///
+    /// # Errors
+    /// As [`accumulate`](Self::accumulate).
+    pub fn forward_loss(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<()> {
+        if micro_batches == 0 {
+            return Err(Error::invalid("micro_batches", "is 0; a step has at least one"));
+        }
+        self.forwarded = false;
+        if let Device::Cpu(_) = self.dev {
+            self.enqueue_forward(batch, micro_batches)?;
+        } else {
+            let mut feed = self.take_feed(batch, micro_batches)?;
+            let side = self.mae.config().image_size;
+            let done = feed.fill(&self.dev, batch, side).and_then(|()| {
+                let enqueue = |step: &mut Self| step.enqueue_forward(feed.inputs(), micro_batches);
+                self.run(|step| &mut step.forward_work, enqueue)
+            });
+            self.feed = Some(feed);
+            done?;
+        }
+        self.forwarded = true;
+        Ok(())
+    }
+
+    /// A GPU's place for the batch: the one before, which recorded work reads, if it fits.
+    fn take_feed(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<Feed> {
         let fits = self.feed.as_ref().is_some_and(|feed| feed.holds(batch));
         if !fits || self.micro_batches != micro_batches {
-            self.micro_work = Work::New;
+            self.forward_work = Work::New;
             self.micro_batches = micro_batches;
         }
-        // Before the larger one is made: there need not be room for both.
-        let feed = self.feed.take().filter(|_| fits);
-        let mut feed = match feed {
-            Some(feed) => feed,
-            // Photos differ in size: some room, so that a larger batch need not be recorded anew.
-            None => {
-                let bytes = batch.images.len() + batch.images.len() / 4;
-                Feed::new(&self.dev, self.settings.micro_batch, bytes)?
-            }
-        };
-        let mut work = std::mem::take(&mut self.micro_work);
-        let record = self.settings.record;
-        let done = feed.fill(&self.dev, batch, self.mae.config().image_size).and_then(|()| {
-            work.run(&gpu, record, || self.micro_step(feed.inputs(), micro_batches))
-        });
-        (self.feed, self.micro_work) = (Some(feed), work);
+        match self.feed.take() {
+            Some(feed) if fits => return Ok(feed),
+            // Before the larger one is made: there need not be room for both.
+            Some(_in_use) => self.synchronize()?,
+            None => {}
+        }
+        // Photos differ in size: some room, so that a larger batch need not be recorded anew.
+        let bytes = batch.images.elems() + batch.images.elems() / 4;
+        Feed::new(&self.home, self.settings.micro_batch, bytes)
+    }
+
+    /// Does a piece of a step: on a GPU as recorded work, if the settings say so.
+    fn run(
+        &mut self,
+        work: impl Fn(&mut Self) -> &mut Work,
+        enqueue: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let Device::Cuda(gpu) = self.dev.clone() else { return enqueue(self) };
+        let (mut taken, record) = (std::mem::take(work(self)), self.settings.record);
+        let done = taken.run(&gpu, record, || enqueue(self));
+        *work(self) = taken;
         done
     }
 
-    /// Enqueues one micro-batch.
-    fn micro_step(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
+    /// From the batch to the loss.
+    fn enqueue_forward(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
         let Self { dev, settings, acts, scratch, scalars, workspace, .. } = self;
         let patch_size = self.mae.config().patch_size;
         // Which patches the encoder sees.
@@ -246,7 +352,7 @@ impl Trainer {
                 ids_restore: acts.ids_restore.view_mut(),
                 noise: random_masking::Noise::Drawn {
                     seed: settings.seed,
-                    epoch: scalars.epoch.view(),
+                    epoch: inputs.epoch,
                     samples: inputs.samples,
                 },
                 block: settings.mask_block,
@@ -302,26 +408,50 @@ impl Trainer {
                 scale: 1.0 / micro_batches as f64,
                 workspace: workspace.view_mut(),
             },
-        )?;
-        self.mae.backward(dev, acts, &mut self.grads, scratch, workspace)
+        )
+    }
+
+    /// Adds the gradient of the loss that [`forward_loss`](Self::forward_loss) has just computed. On a GPU it is enqueued.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] without a `forward_loss` of its own before it; those of the ops.
+    pub fn backward(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.forwarded) {
+            let why = "finds no activations; each is for one forward_loss, which comes before it";
+            return Err(Error::invalid("backward", why));
+        }
+        self.run(
+            |step| &mut step.backward_work,
+            |Self { dev, mae, acts, grads, scratch, workspace, .. }| {
+                mae.backward(dev, acts, grads, scratch, workspace)
+            },
+        )
     }
 
     /// Takes the step: updates the weights by the accumulated gradient, unless the loss, the gradient or its square is not
-    /// finite.
+    /// finite. Waits for it.
     ///
     /// # Errors
     /// Those of the ops.
     pub fn update(&mut self, lr: f64) -> Result<Outcome> {
-        self.dev.upload(self.scalars.lr.view_mut(), &[lr])?;
-        match self.dev.clone() {
-            Device::Cuda(gpu) => {
-                let mut work = std::mem::take(&mut self.update_work);
-                let done = work.run(&gpu, self.settings.record, || self.enqueue_update());
-                self.update_work = work;
-                done?;
-            }
-            Device::Cpu(_) => self.enqueue_update()?,
-        }
+        self.enqueue_update(TensorRef::new(&[lr], &[1])?)?;
+        self.outcome()
+    }
+
+    /// As [`update`](Self::update), without waiting. `lr` is `(1)` f64, in the host's memory or the device's.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn enqueue_update(&mut self, lr: TensorRef<'_>) -> Result<()> {
+        self.dev.copy(self.scalars.lr.view_mut(), lr)?;
+        self.run(|step| &mut step.update_work, Self::enqueue_adamw)
+    }
+
+    /// What the last update came to, once it is done.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`], also for what went wrong in work enqueued before.
+    pub fn outcome(&self) -> Result<Outcome> {
         let (dev, scalars) = (&self.dev, &self.scalars);
         Ok(Outcome {
             loss: dev.scalar(scalars.loss.view())?,
@@ -330,7 +460,7 @@ impl Trainer {
         })
     }
 
-    fn enqueue_update(&mut self) -> Result<()> {
+    fn enqueue_adamw(&mut self) -> Result<()> {
         let Self { dev, settings, grads, scalars, .. } = self;
         grad_norm::forward(
             dev,
@@ -389,7 +519,7 @@ impl Trainer {
     /// Updates done: what Adam's bias correction counts.
     ///
     /// # Errors
-    /// [`crate::Error::Gpu`].
+    /// [`Error::Gpu`].
     pub fn updates(&self) -> Result<u64> {
         Ok(self.dev.download::<i64>(self.scalars.updates.view())?[0].cast_unsigned())
     }
@@ -397,7 +527,7 @@ impl Trainer {
     /// Goes on from a run that has done this many.
     ///
     /// # Errors
-    /// [`crate::Error::Gpu`].
+    /// [`Error::Gpu`].
     pub fn set_updates(&mut self, updates: u64) -> Result<()> {
         self.dev.upload(self.scalars.updates.view_mut(), &[updates.cast_signed()])
     }
@@ -405,8 +535,9 @@ impl Trainer {
     /// Forgets accumulated gradients and loss: before a step, and when one is given up half-way.
     ///
     /// # Errors
-    /// [`crate::Error::Gpu`].
+    /// [`Error::Gpu`].
     pub fn clear(&mut self) -> Result<()> {
+        self.forwarded = false;
         self.dev.clear(self.grads.flat_mut())?;
         self.dev.clear(self.scalars.loss.view_mut())
     }
@@ -414,7 +545,7 @@ impl Trainer {
     /// Norm of each tensor's accumulated gradient, with its name: to find where a non-finite one came from.
     ///
     /// # Errors
-    /// [`crate::Error::Gpu`].
+    /// [`Error::Gpu`].
     pub fn grad_norms(&self) -> Result<Vec<(String, f64)>> {
         let squares = |tensor: TensorRef<'_>| -> Result<f64> {
             Ok(match tensor.dtype() {

@@ -5,8 +5,8 @@ use std::ptr;
 
 use cudarc::cublaslt::sys;
 
+use super::Lane;
 use super::problem::{Operand, Problem};
-use crate::cuda::nvidia::{Memory, Stream};
 use crate::{DType, Error, Result};
 
 /// What this file calls.
@@ -79,6 +79,9 @@ pub(super) struct Handle(sys::cublasLtHandle_t);
 #[expect(unsafe_code, reason = "a handle is a pointer")]
 // SAFETY: cublasLt's functions may be called with a handle from any thread.
 unsafe impl Send for Handle {}
+#[expect(unsafe_code, reason = "a handle is a pointer")]
+// SAFETY: as above, also at the same time: the manual calls the library thread-safe, even with one handle.
+unsafe impl Sync for Handle {}
 
 impl Handle {
     #[expect(unsafe_code, reason = "calls into cublasLt")]
@@ -168,16 +171,16 @@ impl Handle {
             && result.workspaceSize as u64 <= algorithm.workspace_bytes
     }
 
-    /// Enqueues `D = op(A) op(B) + beta C + bias`.
+    /// Enqueues `D = op(A) op(B) + beta C + bias`. Sets the address of the bias in `product`, which therefore
+    /// is no one else's for as long.
     #[expect(unsafe_code, reason = "calls into cublasLt")]
     pub(super) fn multiply(
         &self,
-        product: &Product,
+        product: &mut Product,
         algorithm: &Algorithm,
         addresses: Addresses,
         beta: f32,
-        workspace: &Memory,
-        stream: &Stream,
+        lane: Lane<'_>,
     ) -> Result<()> {
         use sys::cublasLtMatmulDescAttributes_t as M;
         let Addresses { a, b, c, d, bias } = addresses;
@@ -189,7 +192,7 @@ impl Handle {
         let device = |address: u64| ptr::without_provenance::<c_void>(address as usize);
         // SAFETY: the probe found the symbol; handle and descriptors are alive; alpha and beta are f32, which is the
         // scale type of the operation, and are read before the call returns; all other addresses are used by the GPU
-        // only. The algorithm passed `candidates` or `accepts` for these descriptors, so the workspace is large enough.
+        // only. The algorithm passed `candidates` or `accepts` for these descriptors, so a lane's workspace is large enough.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.0,
@@ -205,9 +208,9 @@ impl Handle {
                 device(d).cast_mut(),
                 product.out.0,
                 &raw const algo,
-                device(workspace.address()).cast_mut(),
+                device(lane.workspace).cast_mut(),
                 algorithm.workspace_bytes as usize,
-                stream.handle().cast(),
+                lane.stream.handle().cast(),
             )
         };
         check("multiply", status)

@@ -3,9 +3,9 @@
 //! Heuristics are right nine times out of ten, and cannot know the machine. The data are random: on zeros a GPU draws less
 //! power and clocks higher, and the wrong algorithm may win. They are the plan's own, never the caller's.
 
-use super::Plans;
 use super::descriptors::{Addresses, Algorithm, Product};
 use super::problem::{Add, Problem};
+use super::{Lane, Plans};
 use crate::cuda::nvidia::{Event, Memory, Stream, upload, within_gpu};
 use crate::rng::philox4x32_10;
 use crate::{DType, Error, Result};
@@ -69,25 +69,23 @@ impl Scratch {
 pub(super) fn fastest(
     plans: &Plans,
     problem: &Problem,
-    product: &Product,
+    product: &mut Product,
     candidates: &[Algorithm],
-    stream: &Stream,
+    lane: Lane<'_>,
 ) -> Result<usize> {
     if candidates.len() < 2 {
         return Ok(0);
     }
-    let scratch = match Scratch::new(problem, stream) {
+    let scratch = match Scratch::new(problem, lane.stream) {
         Err(Error::OutOfMemory { .. }) => return Ok(0),
         scratch => scratch?,
     };
     let (start, end) = (Event::timed()?, Event::timed()?);
-    let multiply = |algorithm: &Algorithm| {
-        plans.multiply(problem, product, algorithm, scratch.addresses(), stream)
-    };
-    let stretch = |algorithm: &Algorithm, runs: u32| -> Result<f32> {
+    let stream = lane.stream;
+    let mut stretch = |algorithm: &Algorithm, runs: u32| -> Result<f32> {
         start.record(stream)?;
         for _ in 0..runs {
-            multiply(algorithm)?;
+            plans.multiply(problem, product, algorithm, scratch.addresses(), lane)?;
         }
         end.record(stream)?;
         end.synchronize()?;
@@ -97,7 +95,7 @@ pub(super) fn fastest(
     // The first run loads the kernel; an algorithm that refuses is none.
     let mut trials: Vec<(u32, Vec<f32>)> = Vec::with_capacity(candidates.len());
     for algorithm in candidates {
-        let trial = if multiply(algorithm).is_err() {
+        let trial = if stretch(algorithm, 1).is_err() {
             (0, Vec::new())
         } else {
             let once = stretch(algorithm, 1)?;

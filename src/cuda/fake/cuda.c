@@ -16,20 +16,23 @@ typedef struct Op {
     size_t bytes;
     float milliseconds;
     Event *event;
+    Stream *recorder;
     uint64_t ticket;
     struct Op *next;
 } Op;
 typedef struct { Op *first, **last; } Ops;
-struct Stream { Ops ops, recorded; int capturing; };
+struct Stream { Ops ops, recorded; int capturing; char *context; struct Stream *next; };
 struct Event { Stream *stream; uint64_t recorded, done; float time; int timed; };
-typedef struct { const char *name; void (*call)(void *); size_t params_bytes; unsigned shared; } Function;
+typedef struct { const char *name; void (*call)(void *); size_t params_bytes; unsigned shared, loaded; } Function;
 typedef struct { size_t bytes; char pad[248]; } Header;  // Keeps memory aligned to 256.
 
-static __thread int current;
+static char contexts[2];  // The second one stands for that of another GPU.
+static __thread char *current;
+static __thread int capture_mode;
+static Stream legacy, *streams = &legacy;  // What NULL stands for.
 static int references, live, sticky;
 static size_t used;
 static float now;
-static char context;
 
 static void leave(const char *why) {
     fprintf(stderr, "fake libcuda: %s\n", why);
@@ -38,6 +41,22 @@ static void leave(const char *why) {
 
 // A call into a context.
 #define ENTER() do { if (!current) return NO_CONTEXT; if (sticky) return sticky; } while (0)
+
+static Stream *at(Stream *stream) {
+    if (!stream) return &legacy;
+    for (Stream *s = streams; s != stream; s = s->next)
+        if (!s) leave("a stream is used that is not there, or no more");
+    return stream;
+}
+
+// A call that spoils every capture, unless the thread says that it knows what it does.
+static int unsafe_call(void) {
+    int spoilt = 0;
+    if (capture_mode == 2) return OK;
+    for (Stream *s = streams; s; s = s->next)
+        if (s->capturing) spoilt = s->capturing = 2;
+    return spoilt ? CAPTURE : OK;
+}
 
 static void push(Ops *ops, Op op) {
     if (!ops->last) ops->last = &ops->first;
@@ -50,12 +69,14 @@ static void push(Ops *ops, Op op) {
 
 static int enqueue(Stream *stream, Op op) {
     ENTER();
+    stream = at(stream);
     if (op.event && op.kind == RECORD) {
         if (stream->capturing) return CAPTURE;
         op.event->stream = stream;
         op.ticket = ++op.event->recorded;
     } else if (op.event) {
         op.ticket = op.event->recorded;
+        op.recorder = op.event->stream;
     }
     push(stream->capturing ? &stream->recorded : &stream->ops, op);
     return OK;
@@ -69,7 +90,7 @@ static void step(Stream *stream) {
     switch (op->kind) {
         case CALL: now += op->milliseconds; op->call(op->data); break;
         case RECORD: op->event->done = op->ticket; op->event->time = now; break;
-        case WAIT: while (op->event->done < op->ticket) step(op->event->stream); break;
+        case WAIT: while (op->event->done < op->ticket) step(op->recorder); break;
     }
     if (op->bytes) free(op->data);
     free(op);
@@ -96,14 +117,16 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
         case 75: *value = 9; return OK;
         case 76: *value = 0; return OK;
         case 97: *value = 227 << 10; return OK;
+        case 115: *value = 0; return OK;
         default: return INVALID_VALUE;
     }
 }
 
 // Contexts.
-int cuDevicePrimaryCtxRetain(void **handle, int device) {
+int cuDevicePrimaryCtxRetain(char **handle, int device) {
     if (getenv("FAKE_BUSY")) return UNAVAILABLE;
-    return references++, *handle = &context, OK;
+    const char *first = getenv("FAKE_FIRST_CONTEXT");  // As many times it is the first one.
+    return *handle = &contexts[first && references >= atoi(first)], references++, OK;
 }
 int cuDevicePrimaryCtxRelease_v2(int device) {
     if (--references == 0 && live) {
@@ -112,13 +135,23 @@ int cuDevicePrimaryCtxRelease_v2(int device) {
     }
     return OK;
 }
-int cuCtxSetCurrent(void *handle) { return current = handle == &context, current ? OK : INVALID_VALUE; }
+int cuCtxSetCurrent(char *handle) { return current = handle, handle ? OK : INVALID_VALUE; }
+int cuCtxGetCurrent(char **handle) { return *handle = current, OK; }
+int cuCtxSynchronize(void) {
+    ENTER();
+    int status = unsafe_call();
+    if (status) return status;
+    for (Stream *s = streams; s; s = s->next)
+        while (s->ops.first) step(s);
+    return sticky;
+}
 
 // Memory.
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     ENTER();
     const char *most = getenv("FAKE_MEMORY");
-    if (!bytes) return INVALID_VALUE;
+    int status = unsafe_call();
+    if (status || !bytes) return status ? status : INVALID_VALUE;
     if (used + bytes > (most ? strtoull(most, NULL, 10) : (size_t)1 << 30)) return OUT_OF_MEMORY;
     Header *memory = aligned_alloc(256, (sizeof(Header) + bytes + 255) / 256 * 256);
     memory->bytes = bytes;
@@ -130,6 +163,7 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
 int cuMemGetInfo_v2(size_t *available, size_t *all) { return *available = *all = (size_t)1 << 30, OK; }
 int cuMemFree_v2(uint64_t address) {
     if (!current) return NO_CONTEXT;
+    if (unsafe_call()) leave("memory is freed during a capture");
     Header *memory = (Header *)(uintptr_t)address - 1;
     used -= memory->bytes;
     live--;
@@ -138,7 +172,8 @@ int cuMemFree_v2(uint64_t address) {
 }
 int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) {
     ENTER();
-    return live++, *memory = malloc(bytes), OK;
+    int status = unsafe_call();
+    return status ? status : (live++, *memory = malloc(bytes), OK);
 }
 int cuMemFreeHost(void *memory) { return live--, free(memory), current ? OK : NO_CONTEXT; }
 
@@ -164,20 +199,32 @@ int cuMemsetD8Async(uint64_t dst, unsigned char value, size_t bytes, Stream *str
 // Streams and events.
 int cuStreamCreate(Stream **stream, unsigned flags) {
     ENTER();
-    return live++, *stream = calloc(1, sizeof **stream), flags == 1 ? OK : INVALID_VALUE;
+    *stream = calloc(1, sizeof **stream);
+    (*stream)->context = current;
+    (*stream)->next = legacy.next;
+    legacy.next = *stream;
+    return live++, flags == 1 ? OK : INVALID_VALUE;
 }
 int cuStreamDestroy_v2(Stream *stream) {
-    if (stream->ops.first) leave("a stream is destroyed with work in it");
+    if (at(stream)->ops.first) leave("a stream is destroyed with work in it");
+    Stream *before = streams;
+    while (before->next != stream) before = before->next;
+    before->next = stream->next;
     return live--, free(stream), current ? OK : NO_CONTEXT;
 }
-int cuStreamGetCtx(Stream *stream, void **handle) { return *handle = &context, OK; }
+int cuStreamGetCtx(Stream *stream, char **handle) { return *handle = stream ? at(stream)->context : current, OK; }
 int cuStreamSynchronize(Stream *stream) {
     ENTER();
+    stream = at(stream);
     if (stream->capturing) return stream->capturing = 2, CAPTURE;
     while (stream->ops.first) step(stream);
     return sticky;
 }
-int cuStreamIsCapturing(Stream *stream, int *status) { return *status = stream->capturing, OK; }
+int cuStreamIsCapturing(Stream *stream, int *status) { return *status = at(stream)->capturing, OK; }
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    int before = capture_mode;
+    return capture_mode = *mode, *mode = before, OK;
+}
 int cuStreamWaitEvent(Stream *stream, Event *event, unsigned flags) {
     return enqueue(stream, (Op){.kind = WAIT, .event = event});
 }
@@ -206,7 +253,7 @@ static void fill(void *data) {
     for (uint32_t i = 0; i < p->n; i++) p->out[i] = p->value;
 }
 static void fail(void *data) { sticky = ILLEGAL_ADDRESS; }
-static Function functions[] = {{"fill", fill, sizeof(Fill), 48 << 10}, {"fail", fail, 8, 48 << 10}};
+static Function functions[] = {{"fill", fill, sizeof(Fill), 48 << 10, 0}, {"fail", fail, 8, 48 << 10, 0}};
 int cuModuleLoadData(void **module, const void *image) {
     ENTER();
     return live++, *module = functions, OK;
@@ -221,6 +268,7 @@ int cuFuncGetName(const char **name, const Function *function) { return *name = 
 int cuFuncGetParamInfo(const Function *function, size_t index, size_t *offset, size_t *bytes) {
     return *offset = 0, *bytes = function->params_bytes, index == 0 ? OK : INVALID_VALUE;
 }
+int cuFuncLoad(Function *function) { return function->loaded = 1, OK; }
 int cuFuncSetAttribute(Function *function, int attribute, int value) {
     return function->shared = value, attribute == 8 && value <= 227 << 10 ? OK : INVALID_VALUE;
 }
@@ -228,12 +276,14 @@ int cuLaunchKernel(const Function *function, unsigned gx, unsigned gy, unsigned 
                    unsigned shared, Stream *stream, void **params, void **extra) {
     if (!gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 || extra) return INVALID_VALUE;
     if (shared > function->shared) return INVALID_VALUE;
+    if (at(stream)->capturing && !function->loaded) return unsafe_call();
     return fake_enqueue(stream, function->call, params[0], function->params_bytes, 1);
 }
 
 // Graphs.
 int cuStreamBeginCapture_v2(Stream *stream, int mode) {
     ENTER();
+    if (!stream) return CAPTURE;
     if (mode != 1 || stream->capturing) return INVALID_VALUE;
     return stream->capturing = 1, OK;
 }

@@ -121,11 +121,6 @@ impl Uploads {
         within_gpu(dst, gpu.address(), src.len(), stream)?;
         slot.done.record(stream)
     }
-
-    /// Waits for the copies that travel beside the work.
-    pub(super) fn synchronize(&self) -> sys::CUresult {
-        self.stream.synchronize()
-    }
 }
 
 fn staging(bytes: usize) -> Result<(Pinned, Memory)> {

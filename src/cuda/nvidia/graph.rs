@@ -7,8 +7,8 @@ use cudarc::driver::sys;
 
 use super::handles::{Stream, check};
 use super::{Inner, REPLAY};
-use crate::Result;
 use crate::cuda::driver::Graph;
+use crate::{Error, Result};
 
 /// What this file calls.
 pub(super) const SYMBOLS: [&str; 6] = [
@@ -35,6 +35,10 @@ unsafe impl Send for Replay {}
 /// From here on calls of this thread on the stream are recorded.
 #[expect(unsafe_code, reason = "calls into libcuda")]
 pub(super) fn begin(stream: &Stream) -> Result<()> {
+    if stream.is_legacy_default() {
+        let why = "work on the legacy default stream cannot be recorded; make a stream and use it with Gpu::on_stream";
+        return Err(Error::Gpu { action: "begin to record", why: why.into() });
+    }
     // Calls of other threads, such as a loader that pins memory, must not spoil the recording.
     let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     // SAFETY: the probe found the symbol; the stream is alive.
@@ -60,7 +64,7 @@ pub(super) fn end(gpu: &Arc<Inner>) -> Result<Replay> {
 impl Graph for Replay {
     #[expect(unsafe_code, reason = "calls into libcuda")]
     fn replay(&self) -> Result<()> {
-        self.gpu.context.bind()?;
+        self.gpu.bind()?;
         // SAFETY: the probe found the symbol; graph and stream are alive.
         let status = unsafe { sys::cuGraphLaunch(self.handle, self.gpu.stream.handle()) };
         self.gpu.check("replay a recording", status)?;
@@ -72,7 +76,7 @@ impl Graph for Replay {
 impl Drop for Replay {
     #[expect(unsafe_code, reason = "calls into libcuda")]
     fn drop(&mut self) {
-        if self.gpu.context.bind().is_ok() {
+        if self.gpu.bind().is_ok() {
             // SAFETY: the probe found the symbol; `end` made the graph destroyed here; if it is running, the driver waits
             // for its end before it frees it.
             let _ = unsafe { sys::cuGraphExecDestroy(self.handle) };

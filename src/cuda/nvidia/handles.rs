@@ -9,8 +9,9 @@ use cudarc::driver::sys;
 use crate::{Error, Result};
 
 /// What this file calls.
-pub(super) const SYMBOLS: [&str; 21] = [
+pub(super) const SYMBOLS: [&str; 23] = [
     "cuCtxSetCurrent",
+    "cuCtxSynchronize",
     "cuDeviceGet",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
@@ -31,6 +32,7 @@ pub(super) const SYMBOLS: [&str; 21] = [
     "cuStreamIsCapturing",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
+    "cuThreadExchangeStreamCaptureMode",
 ];
 
 /// A status as a result.
@@ -95,7 +97,19 @@ impl Context {
         check("use its context", unsafe { sys::cuCtxSetCurrent(self.handle) })
     }
 
-    /// Whether a stream was made in it.
+    /// Waits for all work in it, whoever enqueued it. It must be current.
+    #[expect(unsafe_code, reason = "calls into libcuda")]
+    pub(super) fn synchronize(&self) -> sys::CUresult {
+        // SAFETY: the probe found the symbol.
+        unsafe { sys::cuCtxSynchronize() }
+    }
+
+    /// Its handle as a number, to tell it from others.
+    pub(super) fn address(&self) -> usize {
+        self.handle.addr()
+    }
+
+    /// Whether a stream was made in it. It must be current, as the default streams are those of the current context.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(super) fn owns(&self, stream: &Stream) -> Result<bool> {
         let mut handle = ptr::null_mut();
@@ -142,6 +156,12 @@ impl Stream {
     /// Somebody else's stream, which is not destroyed here.
     pub(super) fn borrow(handle: sys::CUstream) -> Self {
         Self { handle, borrowed: true }
+    }
+
+    /// Whether it is the legacy default stream, by either of its names.
+    pub(super) fn is_legacy_default(&self) -> bool {
+        // CU_STREAM_LEGACY is 1.
+        self.handle.addr() <= 1
     }
 
     /// For calls into the driver and cublasLt.
@@ -258,6 +278,30 @@ pub(super) fn available_bytes() -> Result<u64> {
     Ok(free as u64)
 }
 
+/// While it lives, this thread may allocate although a stream is being captured, by whomever: the driver refuses that at
+/// first, and spoils the capture, as it cannot know that the graph does not count on the allocation being repeated.
+struct AllocateWhileCapturing(sys::CUstreamCaptureMode);
+
+impl AllocateWhileCapturing {
+    fn new() -> Self {
+        Self(Self::exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED))
+    }
+
+    /// Sets the mode of this thread, and gives the one it had.
+    #[expect(unsafe_code, reason = "calls into libcuda")]
+    fn exchange(mut mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
+        // SAFETY: the probe found the symbol; reads a mode and writes another. It fails for no mode there is.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        mode
+    }
+}
+
+impl Drop for AllocateWhileCapturing {
+    fn drop(&mut self) {
+        Self::exchange(self.0);
+    }
+}
+
 /// Memory of the GPU. Not from a pool, so that sanitizers see its bounds.
 #[derive(Debug)]
 pub(crate) struct Memory {
@@ -268,6 +312,7 @@ impl Memory {
     /// At least one byte, aligned to 256. `what` names it in messages.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(crate) fn new(bytes: usize, what: &'static str) -> Result<Self> {
+        let _allowed = AllocateWhileCapturing::new();
         let mut address = 0;
         // SAFETY: the probe found the symbol; a context is current; writes one address.
         let status = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) };
@@ -317,6 +362,7 @@ impl Pinned {
     /// `what` names it in messages.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(super) fn new(bytes: usize, what: &'static str) -> Result<Self> {
+        let _allowed = AllocateWhileCapturing::new();
         let mut start: *mut c_void = ptr::null_mut();
         // SAFETY: the probe found the symbol; a context is current; writes one pointer; 0 are the default flags.
         let status = unsafe { sys::cuMemHostAlloc(&raw mut start, bytes, 0) };

@@ -13,9 +13,10 @@ use crate::cuda::driver::Launch;
 use crate::{Error, Result};
 
 /// What this file calls.
-pub(super) const SYMBOLS: [&str; 8] = [
+pub(super) const SYMBOLS: [&str; 9] = [
     "cuFuncGetName",
     "cuFuncGetParamInfo",
+    "cuFuncLoad",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
     "cuModuleEnumerateFunctions",
@@ -60,7 +61,7 @@ impl Kernels {
         for (stem, image) in fatbins {
             let module = Module::load(stem, image, gpu)?;
             for function in module.functions()? {
-                let (name, function) = describe_function(function)?;
+                let (name, function) = load_function(function)?;
                 kernels.functions.insert(name, function);
             }
             kernels.modules.push(module);
@@ -192,9 +193,12 @@ impl Drop for Module {
     }
 }
 
-/// Name of a kernel, and what its launches need.
+/// Loads a kernel, which its first launch would otherwise do: that may wait for the GPU, and cannot while its stream is
+/// being captured. Gives its name, and what its launches need.
 #[expect(unsafe_code, reason = "calls into libcuda")]
-fn describe_function(handle: sys::CUfunction) -> Result<(String, Function)> {
+fn load_function(handle: sys::CUfunction) -> Result<(String, Function)> {
+    // SAFETY: the probe found the symbol; the function is of a loaded module.
+    check("load a kernel", unsafe { sys::cuFuncLoad(handle) })?;
     let mut name = ptr::null();
     // SAFETY: the probe found the symbol; the function is of a loaded module; writes one pointer.
     check("name a kernel", unsafe { sys::cuFuncGetName(&raw mut name, handle) })?;

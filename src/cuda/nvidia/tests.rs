@@ -8,6 +8,9 @@ use std::process::Command;
 
 use half::bf16;
 
+mod slices;
+mod streams;
+
 use super::*;
 use crate::DType;
 use crate::cuda::driver::Matrix;
@@ -36,7 +39,7 @@ fn on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Nvidia> {
 fn start_on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Result<Nvidia>> {
     if std::env::var_os(CHILD).is_some() {
         let found = Box::leak(Box::new(probe::find().unwrap()));
-        return Some(Nvidia::start(found, 0, &[("fake", b"image")], Stream::new));
+        return Some(Nvidia::start(found, 0, &[("fake", b"image")]));
     }
     let folder = tempfile::tempdir().unwrap();
     compile(folder.path(), "cuda.c", "libcuda.so.1", &[]);
@@ -294,23 +297,6 @@ fn a_recording_that_fails_leaves_the_stream_usable() {
     gpu.free(memory);
 }
 
-#[test]
-fn a_borrowed_stream_is_used_and_not_destroyed() {
-    let Some(gpu) = on_fake("a_borrowed_stream_is_used_and_not_destroyed", &[]) else { return };
-    let stream = Stream::new().unwrap();
-    let found = probe::find().unwrap();
-    let handle = stream.handle();
-    let borrowed =
-        Nvidia::start(&found, 0, &[("fake", b"image")], || Ok(Stream::borrow(handle))).unwrap();
-    let memory = upload(&borrowed, &[3; 4]);
-    assert_eq!(download(&borrowed, memory, 4), [3; 4]);
-    borrowed.free(memory);
-    drop(borrowed);
-    // The stand-in counts: were it destroyed twice, or not at all, the process would end here.
-    drop(stream);
-    drop(gpu);
-}
-
 #[derive(Clone, Copy)]
 struct Case {
     m: usize,
@@ -447,7 +433,7 @@ fn the_fastest_algorithm_is_pinned_and_taken_over() {
     let at = plans.len() - 80;
     slow[at] = 0;
     let found = probe::find().unwrap();
-    let other = Nvidia::start(&found, 0, &[("fake", b"image")], Stream::new).unwrap();
+    let other = Nvidia::start(&found, 0, &[("fake", b"image")]).unwrap();
     assert_eq!(other.load_plans(&slow), Ok(1));
     assert_eq!(other.plans(), slow, "what is not used yet is not lost");
     other.matmul(&problem.matmul).unwrap();
@@ -457,7 +443,7 @@ fn the_fastest_algorithm_is_pinned_and_taken_over() {
     // One that this GPU refuses is planned anew.
     let mut refused = plans.clone();
     refused[at] = 9;
-    let third = Nvidia::start(&found, 0, &[("fake", b"image")], Stream::new).unwrap();
+    let third = Nvidia::start(&found, 0, &[("fake", b"image")]).unwrap();
     assert_eq!(third.load_plans(&refused), Ok(1));
     third.matmul(&problem.matmul).unwrap();
     assert_eq!(algorithms(&third.plans()), [2]);

@@ -136,6 +136,20 @@ pub fn save(run: &Path, contents: &Contents<'_>, keep_last: usize) -> Result<Pat
     write::save(&mut fs::Disk, run, contents, keep_last)
 }
 
+/// Writes a file like `model.safetensors` of a checkpoint, in place of what is there: a reader sees the old file or the new
+/// one. `step` is where training stands.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_weights(
+    path: &Path,
+    tensors: &[NamedTensor<'_>],
+    metadata: &BTreeMap<String, String>,
+    step: u64,
+) -> Result<()> {
+    write::save_weights(&mut fs::Disk, path, tensors, metadata, step)
+}
+
 /// Number of elements, unless it is more than memory could hold.
 fn elems(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1, |product: usize, &extent| product.checked_mul(extent))

@@ -89,6 +89,12 @@ impl Checkpoint {
         self.model.metadata()
     }
 
+    /// The file of its weights.
+    #[must_use]
+    pub fn model(&self) -> &TensorFile {
+        &self.model
+    }
+
     /// Refuses a checkpoint of another architecture or method: `hash` is [`config_hash`](super::config_hash) of the
     /// config that is to go on.
     ///
@@ -285,6 +291,12 @@ impl TensorFile {
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Shape of a tensor, if the file has one of that name.

@@ -67,6 +67,43 @@ pub(super) fn save(
     Ok(path)
 }
 
+/// See [`super::save_weights`].
+pub(super) fn save_weights(
+    fs: &mut dyn Fs,
+    path: &Path,
+    tensors: &[NamedTensor<'_>],
+    metadata: &BTreeMap<String, String>,
+    step: u64,
+) -> Result<()> {
+    tensors.iter().try_for_each(|tensor| check_tensor(tensor, step))?;
+    let Some(file) = path.file_name().and_then(|name| name.to_str()) else {
+        let why = format!("is {}, which names no file", path.display());
+        return Err(Error::invalid("path", why));
+    };
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let tensors = tensors.iter().map(|tensor| (tensor.name.to_owned(), tensor)).collect();
+    let aside = aside(file);
+    let written = write_tensors(fs, dir, &aside, &labelled(metadata), &tensors)
+        .and_then(|_| rename(fs, &dir.join(&aside), path));
+    if written.is_err() {
+        // The first error is the one to report; what is left aside is only litter.
+        let _ = fs.remove(&dir.join(&aside));
+    }
+    written?;
+    sync_dir(fs, dir)
+}
+
+/// Metadata of a file, with what tells how to read it.
+fn labelled(metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let own = [
+        ("format", "pt".to_owned()),
+        ("format_version", FORMAT_VERSION.to_string()),
+        ("pixmim_version", crate::VERSION.to_owned()),
+    ];
+    let own = own.map(|(key, value)| (key.to_owned(), value));
+    metadata.clone().into_iter().chain(own).collect()
+}
+
 impl Contents<'_> {
     fn check(&self) -> Result<()> {
         // The header of a safetensors file is one JSON object: this key of it is not a tensor's.
@@ -85,7 +122,7 @@ impl Contents<'_> {
             return Err(Error::invalid("weights", why));
         }
         let all = [&self.weights, &self.frozen, &self.exp_avg, &self.exp_avg_sq];
-        all.into_iter().flatten().try_for_each(|tensor| self.check_tensor(tensor))?;
+        all.into_iter().flatten().try_for_each(|tensor| check_tensor(tensor, self.state.step))?;
         for (prefix, moments) in [(EXP_AVG, &self.exp_avg), (EXP_AVG_SQ, &self.exp_avg_sq)] {
             if !moments.iter().map(key).eq(self.weights.iter().map(key)) {
                 let why = "must have the names, shapes and order of the weights";
@@ -94,19 +131,19 @@ impl Contents<'_> {
         }
         Ok(())
     }
+}
 
-    fn check_tensor(&self, tensor: &NamedTensor<'_>) -> Result<()> {
-        let NamedTensor { name, shape, data } = tensor;
-        if elems(shape) != Some(data.len()) {
-            let why = format!("has shape {shape:?}, but {} elements", data.len());
-            return Err(Error::invalid(*name, why));
-        }
-        if !data.iter().all(|x| x.is_finite()) {
-            let why = format!("`{name}` is not finite, no checkpoint was written; resume the last");
-            return Err(Error::Diverged { step: self.state.step, why });
-        }
-        Ok(())
+fn check_tensor(tensor: &NamedTensor<'_>, step: u64) -> Result<()> {
+    let NamedTensor { name, shape, data } = tensor;
+    if elems(shape) != Some(data.len()) {
+        let why = format!("has shape {shape:?}, but {} elements", data.len());
+        return Err(Error::invalid(*name, why));
     }
+    if !data.iter().all(|x| x.is_finite()) {
+        let why = format!("`{name}` is not finite, no checkpoint was written; resume the last");
+        return Err(Error::Diverged { step, why });
+    }
+    Ok(())
 }
 
 fn key<'a>(tensor: &'a NamedTensor<'_>) -> (&'a str, &'a [usize]) {
@@ -129,15 +166,6 @@ fn is_leftover(entry: &str) -> bool {
 fn write_folder(fs: &mut dyn Fs, dir: &Path, contents: &Contents<'_>, state: &str) -> Result<()> {
     fs.create_dir(dir).map_err(Error::io("create", dir))?;
 
-    let own = [
-        ("format", "pt".to_owned()),
-        ("format_version", FORMAT_VERSION.to_string()),
-        ("pixmim_version", crate::VERSION.to_owned()),
-    ];
-    let own: BTreeMap<String, String> = own.map(|(key, value)| (key.to_owned(), value)).into();
-    let mut metadata = contents.metadata.clone();
-    metadata.extend(own.clone());
-
     let model = contents.weights.iter().chain(&contents.frozen);
     let model = model.map(|tensor| (tensor.name.to_owned(), tensor)).collect();
     let exp_avg = contents.exp_avg.iter().map(|tensor| (EXP_AVG, tensor));
@@ -149,8 +177,8 @@ fn write_folder(fs: &mut dyn Fs, dir: &Path, contents: &Contents<'_>, state: &st
     let plans = Some(contents.matmul_plans.as_slice()).filter(|plans| !plans.is_empty());
     let plans = plans.map(|plans| write_bytes(fs, dir, PLANS, plans)).transpose()?;
     let lines = [
-        write_tensors(fs, dir, MODEL, &metadata, &model)?,
-        write_tensors(fs, dir, OPTIM, &own, &optim)?,
+        write_tensors(fs, dir, MODEL, &labelled(&contents.metadata), &model)?,
+        write_tensors(fs, dir, OPTIM, &labelled(&BTreeMap::new()), &optim)?,
         write_bytes(fs, dir, STATE, state.as_bytes())?,
     ];
     let manifest: String = plans.iter().chain(&lines).map(Line::to_string).collect();

@@ -9,6 +9,7 @@ use crate::model::Activations;
 use crate::model::activations::Batch;
 use crate::ops::low_freq_target::{self, Filter};
 use crate::ops::{input, random_masking};
+use crate::scalar::patch_of;
 use crate::train::config::{Config, Resolved, Target};
 use crate::train::pictures::{self, Picture, Reconstruction, Settings};
 use crate::train::step::Trainer;
@@ -213,7 +214,7 @@ fn unpatchify(patches: &[f32], side: usize, patch_size: usize) -> Vec<f32> {
     (0..3 * side * side)
         .map(|i| {
             let (y, x, c) = (i / 3 / side, i / 3 % side, i % 3);
-            let patch = y / patch_size * grid + x / patch_size;
+            let patch = patch_of(y, x, grid, patch_size);
             let inside = (y % patch_size * patch_size + x % patch_size) * 3 + c;
             patches[patch * 3 * patch_size * patch_size + inside]
         })

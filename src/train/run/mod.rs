@@ -16,6 +16,7 @@ use super::checkpoint::State;
 use super::config::{Config, Resolved, Target};
 use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
+use super::state::Snapshot;
 use super::step::{MicroBatch, Outcome, Settings, Trainer};
 use super::{StepRecord, checkpoint};
 use crate::data::loader::{Loader, LoaderConfig};
@@ -26,7 +27,6 @@ use crate::{Error, Result};
 use gallery::Gallery;
 use pace::Pace;
 use records::Records;
-use resume::Snapshot;
 
 /// Where a run starts from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -224,7 +224,9 @@ pub fn run(
     run.end(finished)
 }
 
-fn settings(config: &Config, resolved: &Resolved) -> Settings {
+/// The step that a config describes.
+#[must_use]
+pub fn settings(config: &Config, resolved: &Resolved) -> Settings {
     Settings {
         micro_batch: config.optim.micro_batch,
         radius: (config.method.target == Target::LowFreq).then_some(resolved.radius),
