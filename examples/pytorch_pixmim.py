@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a small ViTMAE of Hugging Face's on the bundled photos, with PyTorch's code and with ours, and compares the two.
+"""Trains a small ViTMAE of Hugging Face's on the bundled photos, with PyTorch's code and with ours, and compares them.
 
     cargo build --release -p pixmim-capi
     $(scripts/get-torch) examples/pytorch_pixmim.py            under two minutes on two cores

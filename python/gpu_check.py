@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Checks the package on a GPU, with nothing but PyTorch: `gpu_check.py [--device cuda:0] [--speed] [WORD ..]`.
 
-Runs what `tests/checks.py` has for every device, and what only a GPU can show: streams, CUDA graphs, that nothing waits
-for the GPU, full sizes in bf16, `torch.compile` with its own code generator. With words, only checks whose names have one
-of them. `--speed` then times a ViT-B/16 MAE with and without us.
+Runs what `tests/checks.py` has for every device, and what only a GPU can show: streams, CUDA graphs, that nothing
+waits for the GPU, full sizes in bf16, `torch.compile` with its own code generator. With words, only checks whose names
+have one of them. `--speed` then times a ViT-B/16 MAE with and without us.
 
 Takes from the repository `python/` and `scripts/peers/mae_step.py`, in these places, and a libpixmim with GPU kernels:
 beside `python/pixmim/*.py`, or where PIXMIM_LIBRARY says. Prints a line for each check. Exit codes: 0 all passed, 1
@@ -228,7 +228,7 @@ def main():
         try:
             function("cuda" if on_gpu else "cpu")
             result = "ok"
-        except Exception:  # noqa: BLE001
+        except Exception:
             traceback.print_exc()
             failed, result = failed + 1, "FAILED"
         print(f"{result:<7}{function.__name__} ({time.perf_counter() - start:.1f} s)", flush=True)
