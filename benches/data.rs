@@ -1,5 +1,5 @@
-//! The data path on the bundled photos: decoding, the two crops, each on one thread, and the loader on all. Images in a second,
-//! on the CPU whatever the device.
+//! The data path on the bundled photos: decoding, the two crops, each on one thread, and the loader on all. Images in
+//! a second, on the CPU whatever the device.
 
 use std::hint::black_box;
 use std::path::Path;

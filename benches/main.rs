@@ -1,5 +1,5 @@
-//! `cargo bench`: every op at the shapes of real networks, the whole step, and the data path; each row with its share of what
-//! this machine reaches, measured in the same run. `cargo bench -- layer_norm` picks by a regular expression.
+//! `cargo bench`: every op at the shapes of real networks, the whole step, and the data path; each row with its share
+//! of what this machine reaches, measured in the same run. `cargo bench -- layer_norm` picks by a regular expression.
 //!
 //! It runs on a GPU where there is one, else on the CPU with smaller batches under the same names, and says so.
 //! `PIXMIM_BENCH_DEVICE=cpu`, `cuda` or `simt` asks for one; `simt` is the host executor, tiny, to see that all runs.
@@ -139,8 +139,8 @@ impl Bench {
         self.networks.iter().map(moved).collect()
     }
 
-    /// Times `run` as `make` sets it up, unless it is filtered out: on a GPU by events around the launches, on the CPU by the
-    /// clock.
+    /// Times `run` as `make` sets it up, unless it is filtered out: on a GPU by events around the launches, on the
+    /// CPU by the clock.
     fn time<R: FnMut(&Device) -> Result<()>>(
         &mut self,
         case: Case<'_>,

@@ -1,4 +1,5 @@
-//! What the rows are measured against: a copy, and a product of large square matrices in each precision, in the same run.
+//! What the rows are measured against: a copy, and a product of large square matrices in each precision, in the same
+//! run.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! The whole training step, as `examples/step_speed` times it: from bytes in the host's memory until loss and norm are back.
+//! The whole training step, as `examples/step_speed` times it: from bytes in the host's memory until loss and norm
+//! are back.
 
 use pixmim::model::activations::Batch;
 use pixmim::model::params::Table;

@@ -46,7 +46,6 @@ fn main() -> Result<()> {
         workspace: TensorMut::new::<u8>(&mut [], &[0])?, // a GPU would need some: linear::workspace_bytes
     };
     linear::backward(&Device::cpu(), args)?;
-
     for (i, by_hand) in grad_weight.iter().enumerate().step_by(4) {
         let loss_at = |shift: f64| -> Result<f64> {
             let mut weight = weight.clone();

@@ -40,5 +40,5 @@ pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (git ", env!("PIX
 pub const RUSTC: &str = env!("PIXMIM_RUSTC");
 
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+#[doc = include_str!("../docs/backend.md")]
+struct Backend;

@@ -1,5 +1,5 @@
-//! Attention of the encoder (short sequences of kept patches), of the decoder (all patches), and of an encoder that sees all
-//! patches, as in fine-tuning.
+//! Attention of the encoder (short sequences of kept patches), of the decoder (all patches), and of an encoder that
+//! sees all patches, as in fine-tuning.
 
 use pixmim::ops::attention::{self, Backward, Forward, workspace_bytes};
 use pixmim::ops::cost;

@@ -1,4 +1,5 @@
-//! The low-pass filter over whole crops, as training in each precision has it: on a GPU exact in f32 and fast in bf16.
+//! The low-pass filter over whole crops, as training in each precision has it: on a GPU exact in f32 and fast in
+//! bf16.
 
 use pixmim::ops::cost;
 use pixmim::ops::low_freq_target::{self, Filter, Forward, workspace_bytes};

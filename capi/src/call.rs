@@ -7,7 +7,7 @@ use std::ops::Range;
 use pixmim_core::{Device, Place, TensorMut, TensorRef};
 
 use crate::context::{PIXMIM_CPU, pixmim_context};
-use crate::status::{Failure, Outcome, PIXMIM_DEVICE, guard, pixmim_status};
+use crate::status::{Failure, Outcome, PIXMIM_DEVICE, PIXMIM_SHAPE, guard, pixmim_status};
 use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
 
 /// A call while its arguments are read: it remembers which bytes were seen, since what is written may overlap nothing else.
@@ -209,6 +209,9 @@ impl Call<'_> {
 fn named(name: &str, error: pixmim_core::Error) -> Failure {
     match error {
         pixmim_core::Error::Invalid { why, .. } => Failure::invalid(name, why),
+        pixmim_core::Error::Shape { expected, found, .. } => {
+            Failure::new(PIXMIM_SHAPE, format!("`{name}` has shape {found:?}, expected {expected}"))
+        }
         other => other.into(),
     }
 }
@@ -220,6 +223,14 @@ pub(crate) fn size(name: &str, value: i64) -> Outcome<usize> {
         .ok()
         .filter(|&value| value <= MOST)
         .ok_or_else(|| Failure::invalid(name, format!("is {value}; it lies between 0 and {MOST}")))
+}
+
+/// A flag.
+pub(crate) fn flag(name: &str, value: i32) -> Outcome<bool> {
+    match value {
+        0 | 1 => Ok(value == 1),
+        _ => Err(Failure::invalid(name, format!("is {value}; it is 0 or 1"))),
+    }
 }
 
 /// Three numbers.

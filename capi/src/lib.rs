@@ -20,4 +20,6 @@ pub mod mae;
 pub mod model;
 pub mod status;
 pub mod tensor;
+#[cfg(test)]
+mod tests;
 pub mod vit;

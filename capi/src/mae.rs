@@ -9,7 +9,7 @@ use pixmim_core::ops::{
     add_positions, gather_tokens, masked_mse_loss, patch_embed, restore_tokens,
 };
 
-use crate::call::{call, size, three};
+use crate::call::{call, flag, size, three};
 use crate::context::pixmim_context;
 use crate::status::{Failure, pixmim_status};
 use crate::tensor::{pixmim_tensor, pointee, pointee_mut};
@@ -196,7 +196,7 @@ pub unsafe extern "C" fn pixmim_low_freq_target_forward(
     call(context, stream, |call| {
         // SAFETY: the header asks of the caller that it came from `pixmim_filter_create`.
         let filter = &unsafe { pointee("filter", filter) }?.0;
-        let exact = exact != 0;
+        let exact = flag("exact", exact)?;
         let images = call.describe("pixels", pixels)?;
         let needed =
             low_freq_target::workspace_bytes(call.dev, images.dtype, images.dim(0), filter, exact);
@@ -247,7 +247,7 @@ pub unsafe extern "C" fn pixmim_masked_mse_loss_forward_backward(
             grad_pred: call.write("grad_pred", grad_pred)?,
             pred: call.read("pred", pred)?,
             target: call.read("target", target)?,
-            norm_pix: norm_pix != 0,
+            norm_pix: flag("norm_pix", norm_pix)?,
             scale,
             workspace,
         };

@@ -92,6 +92,11 @@ impl Described {
             let why = format!("`{name}` has dtype {}, which is none of PIXMIM_*", tensor.dtype);
             Failure::new(PIXMIM_DTYPE, why)
         })?;
+        if tensor.device < PIXMIM_CPU {
+            let why =
+                format!("has device {}; it is PIXMIM_CPU or the ordinal of a GPU", tensor.device);
+            return Err(Failure::invalid(name, why));
+        }
         let shape = |why: String| Failure::new(PIXMIM_SHAPE, format!("`{name}` has {why}"));
         let rank = usize::try_from(tensor.ndim).ok().filter(|&rank| rank <= PIXMIM_MAX_DIMS);
         let rank = rank.ok_or_else(|| shape(format!("{} dimensions, not 0 to 6", tensor.ndim)))?;
@@ -227,7 +232,7 @@ pub unsafe extern "C" fn pixmim_tensor_init(
         let out = unsafe { pointee_mut("out", out) }?;
         // SAFETY: the header asks of the caller that it leads to `ndim` numbers.
         let shape = unsafe { numbers("shape", shape, ndim) }?;
-        *out = row_major(data, dtype, device, shape)?;
+        *out = row_major("tensor", data, dtype, device, shape)?;
         Ok(())
     })
 }
@@ -238,8 +243,8 @@ pub unsafe extern "C" fn pixmim_tensor_init(
 /// `pointer` is null, misaligned, or leads to `count` numbers.
 unsafe fn numbers<'a>(name: &str, pointer: *const i64, count: i32) -> Outcome<&'a [i64]> {
     let Some(count) = usize::try_from(count).ok().filter(|&count| count <= PIXMIM_MAX_DIMS) else {
-        let why = format!("has {count} dimensions, not 0 to {PIXMIM_MAX_DIMS}");
-        return Err(Failure::invalid("ndim", why));
+        let why = format!("has ndim {count}, not 0 to {PIXMIM_MAX_DIMS}");
+        return Err(Failure::invalid(name, why));
     };
     if count == 0 {
         return Ok(&[]);
@@ -250,7 +255,13 @@ unsafe fn numbers<'a>(name: &str, pointer: *const i64, count: i32) -> Outcome<&'
     Ok(unsafe { std::slice::from_raw_parts(pointer, count) })
 }
 
-fn row_major(data: *mut c_void, dtype: i32, device: i32, shape: &[i64]) -> Outcome<pixmim_tensor> {
+fn row_major(
+    name: &str,
+    data: *mut c_void,
+    dtype: i32,
+    device: i32,
+    shape: &[i64],
+) -> Outcome<pixmim_tensor> {
     let mut tensor = pixmim_tensor {
         struct_size: size_of::<pixmim_tensor>() as u32,
         dtype,
@@ -267,12 +278,12 @@ fn row_major(data: *mut c_void, dtype: i32, device: i32, shape: &[i64]) -> Outco
         stride = stride.checked_mul(extent.max(1)).ok_or_else(|| {
             Failure::new(
                 PIXMIM_SHAPE,
-                format!("`shape` {shape:?} has more elements than i64 counts"),
+                format!("`{name}` has shape {shape:?}, more elements than i64 counts"),
             )
         })?;
     }
     // SAFETY: a reference leads to a tensor.
-    unsafe { Described::new("shape", &tensor) }?;
+    unsafe { Described::new(name, &tensor) }?;
     Ok(tensor)
 }
 
@@ -292,7 +303,7 @@ struct DlTensor {
 }
 
 /// Fills in `*out` from a `DLTensor` of DLPack, which is only looked at: ownership stays where it is. A managed tensor, of
-/// either kind, holds one as `dl_tensor`. CPU and CUDA memory (pinned memory is the CPU's).
+/// either kind, holds one as `dl_tensor`. CPU and CUDA memory (pinned memory is the CPU's), row-major without gaps.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_tensor_from_dlpack(
     out: *mut pixmim_tensor,
@@ -325,14 +336,22 @@ pub unsafe extern "C" fn pixmim_tensor_from_dlpack(
                 return Err(Failure::new(PIXMIM_DTYPE, why));
             }
         };
-        let data = from.data.cast::<u8>().wrapping_add(from.byte_offset as usize).cast();
+        let offset = usize::try_from(from.byte_offset).ok();
+        let Some(offset) = offset.filter(|&offset| from.data.addr().checked_add(offset).is_some())
+        else {
+            let why = format!("has byte_offset {}, past all addresses", from.byte_offset);
+            return Err(Failure::invalid("dl_tensor", why));
+        };
+        let data = from.data.wrapping_byte_add(offset);
         // SAFETY: a `DLTensor` has `ndim` extents.
         let shape = unsafe { numbers("dl_tensor: shape", from.shape, from.ndim) }?;
-        let mut tensor = row_major(data, code(dtype), device, shape)?;
+        let mut tensor = row_major("dl_tensor", data, code(dtype), device, shape)?;
         if !from.strides.is_null() {
             // SAFETY: strides that are not null are `ndim` numbers.
             let strides = unsafe { numbers("dl_tensor: strides", from.strides, from.ndim) }?;
             tensor.strides[..strides.len()].copy_from_slice(strides);
+            // SAFETY: a reference leads to a tensor.
+            unsafe { Described::new("dl_tensor", &tensor) }?;
         }
         *out = tensor;
         Ok(())

@@ -6,7 +6,7 @@
 //! A step whose loss, gradient norm or norm's square is not finite changes nothing: neither parameters nor moments. That
 //! is decided where the numbers are, by [`prepare`], so that a GPU need not wait for the host.
 
-use super::for_real;
+use super::{NOT_NEGATIVE, expect_within, for_real};
 use crate::device::Call;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -61,7 +61,8 @@ pub struct Update<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say.
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for decay rates outside `0..1`, and other numbers that are negative
+/// or not finite.
 pub fn prepare(dev: &Device, args: Prepare<'_>) -> Result<()> {
     let call = Call { op: "adamw::prepare", dev };
     let dtype = args.coefficients.expect_real(call, "coefficients")?.wide();
@@ -70,6 +71,8 @@ pub fn prepare(dev: &Device, args: Prepare<'_>) -> Result<()> {
     args.lr.expect(call, "lr", DType::F64, &[1])?;
     args.loss.expect(call, "loss", dtype, &[1])?;
     args.grad_norm.expect(call, "grad_norm", dtype, &[1])?;
+    expect_within(call, "clip", args.clip, NOT_NEGATIVE)?;
+    expect_betas(call, args.betas)?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::prepare::<T>(args)),
         Device::Cuda(gpu) => launch::prepare(gpu, &args)?,
@@ -93,11 +96,19 @@ pub fn update(dev: &Device, args: Update<'_>) -> Result<()> {
     args.exp_avg_sq.expect(call, "exp_avg_sq", dtype, &[elems])?;
     args.grad.expect(call, "grad", dtype, &[elems])?;
     args.coefficients.expect(call, "coefficients", dtype, &[COEFFICIENTS])?;
+    expect_betas(call, args.betas)?;
+    expect_within(call, "eps", args.eps, NOT_NEGATIVE)?;
+    expect_within(call, "weight_decay", args.weight_decay, NOT_NEGATIVE)?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::update::<T>(args)),
         Device::Cuda(gpu) => launch::update(gpu, &args)?,
     }
     Ok(())
+}
+
+fn expect_betas(call: Call<'_>, [beta1, beta2]: [f64; 2]) -> Result<()> {
+    expect_within(call, "beta1", beta1, 0.0..1.0)?;
+    expect_within(call, "beta2", beta2, 0.0..1.0)
 }
 
 mod cpu {

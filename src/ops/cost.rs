@@ -1,12 +1,12 @@
 //! What an op must do: bytes to move and operations to compute, one function for each op and direction.
 //!
-//! Useful work only, whatever a kernel does besides. Bytes: each tensor is read or written once, one that accumulates both,
-//! workspaces and single numbers not at all. Operations: those of matrix products, two for a multiplication and its
-//! addition, nothing for padding. Arithmetic on one number at a time (a norm, GELU, softmax) is left out, as is usual: it is
-//! never what an op waits for.
+//! Useful work only, whatever a kernel does besides. Bytes: each tensor is read or written once, one that accumulates
+//! both, workspaces and single numbers not at all. Operations: those of matrix products, two for a multiplication and
+//! its addition, nothing for padding. Arithmetic on one number at a time (a norm, GELU, softmax) is left out, as is
+//! usual: it is never what an op waits for.
 //!
-//! [`Cost::share`] sets a measured time against the roofs of a device (Williams et al. 2009, "Roofline"). Shapes are arrays
-//! in the order of their documented letters, which are those of [`super`].
+//! [`Cost::share`] sets a measured time against the roofs of a device (Williams et al. 2009, "Roofline"). Shapes are
+//! arrays in the order of their documented letters, which are those of [`super`].
 
 use std::iter::Sum;
 use std::ops::{Add, Mul};
@@ -129,7 +129,7 @@ pub fn input_forward(dtype: DType, [b, s, p, k]: [usize; 4], target: InputTarget
         + target
 }
 
-/// Of [`low_freq_target::forward`](super::low_freq_target::forward), `[B, S, P, K]`, with pixels and target of these dtypes.
+/// Of [`low_freq_target::forward`], `[B, S, P, K]`, with pixels and target of these dtypes.
 /// Its products are truncated transforms over the `n` frequencies of an axis of which a bin is kept: of real rows, of
 /// complex columns, back over the columns, and back over the rows of the pixels in masked patches.
 #[must_use]
@@ -178,8 +178,8 @@ pub fn layer_norm_backward(dtype: DType, [r, d]: [usize; 2]) -> Cost {
     Cost::moves(dtype, 4 * r * d + d) + Cost::moves(dtype.wide(), 2 * r + 4 * d)
 }
 
-/// Of [`linear::forward`](super::linear::forward), `[R, K, N]`. An epilogue moves one more tensor: GELU's input, or the
-/// residual.
+/// Of [`linear::forward`](super::linear::forward), `[R, K, N]`. An epilogue moves one more tensor: GELU's input, or
+/// the residual.
 #[must_use]
 pub fn linear_forward(dtype: DType, [r, k, n]: [usize; 3], epilogue: bool) -> Cost {
     let out = if epilogue { 2 * r * n } else { r * n };
@@ -216,8 +216,8 @@ pub fn attention_forward(dtype: DType, [b, t, nh, d]: [usize; 4]) -> Cost {
         + Cost::product(t, d, t) * (2 * b)
 }
 
-/// Of [`attention::backward`](super::attention::backward), `[B, T, NH, D]`: four gradients, and the logits anew, as `T x T`
-/// numbers of each head are kept by nobody.
+/// Of [`attention::backward`](super::attention::backward), `[B, T, NH, D]`: four gradients, and the logits anew, as
+/// `T x T` numbers of each head are kept by nobody.
 #[must_use]
 pub fn attention_backward(dtype: DType, [b, t, nh, d]: [usize; 4]) -> Cost {
     Cost::moves(dtype, 8 * b * t * d)
@@ -245,13 +245,15 @@ pub fn restore_tokens_forward(dtype: DType, [b, l, k, w]: [usize; 4]) -> Cost {
     Cost::moves(dtype, (b * (1 + k) + l + b * (1 + l)) * w) + Cost::moves(DType::I32, b * l)
 }
 
-/// Of [`restore_tokens::backward`](super::restore_tokens::backward), `[B, L, K, W]`: what forward moves, the other way.
+/// Of [`restore_tokens::backward`](super::restore_tokens::backward), `[B, L, K, W]`: what forward moves, the other
+/// way.
 #[must_use]
 pub fn restore_tokens_backward(dtype: DType, shape: [usize; 4]) -> Cost {
     restore_tokens_forward(dtype, shape)
 }
 
-/// Of [`gather_tokens::forward`](super::gather_tokens::forward), `[B, M, D]`. Of the tokens it needs the gathered ones.
+/// Of [`gather_tokens::forward`](super::gather_tokens::forward), `[B, M, D]`. Of the tokens it needs the gathered
+/// ones.
 #[must_use]
 pub fn gather_tokens_forward(dtype: DType, [b, m, d]: [usize; 3]) -> Cost {
     Cost::moves(dtype, 2 * b * m * d) + Cost::moves(DType::I32, b * m)

@@ -6,7 +6,7 @@
 //!
 //! On a GPU `pixels` holds the bytes themselves, and nobody looks at `geometry` there: see [`check_geometry`].
 
-use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
+use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::Call;
 pub use crate::scalar::reflect;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -77,7 +77,7 @@ pub enum Target<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Invalid`] for a
-/// geometry or id outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
+/// geometry, id or colour outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
@@ -122,6 +122,7 @@ impl Forward<'_> {
         let [images, kept, _] = self.patches.dims(call, "patches", "(B, K, E)")?;
         let numbers = patch_numbers(call, patch_size)?;
         expect_nonzero(call, "patches", &[images, kept, numbers])?;
+        expect_colours(call, self.mean, self.std)?;
         self.patches.expect(call, "patches", dtype, &[images, kept, numbers])?;
         self.ids_keep.expect(call, "ids_keep", DType::I32, &[images, kept])?;
         self.geometry.expect(call, "geometry", DType::I64, &[images, GEOMETRY_FIELDS])?;

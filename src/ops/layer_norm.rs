@@ -2,7 +2,7 @@
 //!
 //! `out = (inp - mean) * rstd * weight + bias`, `rstd = 1 / sqrt(var + eps)`, biased variance, as `torch.nn.LayerNorm`.
 
-use super::{expect_nonzero, expect_vectors, for_real};
+use super::{NOT_NEGATIVE, expect_nonzero, expect_vectors, expect_within, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -62,8 +62,8 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, rows: usize, dim: usize) -> u
 /// Normalises rows.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their
-/// fields say, and on a GPU D is a multiple of 8 and at most 8192.
+/// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say, and on a GPU D is a multiple of 8 and at
+/// most 8192; [`Error::Invalid`] for a negative `eps` or one that is not finite.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
     match dev {
@@ -128,6 +128,7 @@ impl Forward<'_> {
         self.rstd.expect(call, "rstd", dtype.wide(), leading(&self.inp))?;
         self.weight.expect(call, "weight", dtype, &[dim])?;
         self.bias.expect(call, "bias", dtype, &[dim])?;
+        expect_within(call, "eps", self.eps, NOT_NEGATIVE)?;
         Ok(dims)
     }
 }

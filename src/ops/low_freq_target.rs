@@ -19,7 +19,7 @@
 
 mod launch;
 
-use super::{expect_ids, expect_nonzero, for_real, patch_numbers};
+use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::{Call, Place};
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -205,7 +205,7 @@ pub fn workspace_bytes(
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`] or [`Error::Place`] unless the arguments are as their fields say;
-/// [`Error::Invalid`] for a filter of another size, an id outside its bounds, or more patches than a kernel takes;
+/// [`Error::Invalid`] for a filter of another size, an id or colour outside its bounds, or more patches than a kernel takes;
 /// [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dtype = args.check(dev)?;
@@ -230,6 +230,7 @@ impl Forward<'_> {
         let [images, _, side, _] = self.pixels.dims(call, "pixels", "(B, 3, S, S)")?;
         let [_, masked] = self.ids_masked.dims(call, "ids_masked", "(B, M)")?;
         let numbers = patch_numbers(call, self.patch_size)?;
+        expect_colours(call, self.mean, self.std)?;
         expect_nonzero(call, "target", &[images, masked, numbers])?;
         self.pixels.expect(call, "pixels", dtype, &[images, 3, side, side])?;
         self.ids_masked.expect(call, "ids_masked", DType::I32, &[images, masked])?;

@@ -4,7 +4,7 @@
 //! `sqrt(var + 1e-6)`, var with `E - 1` below (He et al. 2021, section 4; `norm_pix_loss` of the MAE source). Every image
 //! masks the same number of patches, so this is the sum over masked patches divided by their number.
 
-use super::{expect_nonzero, for_real};
+use super::{FINITE, expect_nonzero, expect_within, for_real};
 use crate::device::Call;
 pub use crate::scalar::NORM_PIX_EPS;
 use crate::tensor::{carve_bytes, expect_workspace};
@@ -42,7 +42,7 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, patches: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::DType`](crate::Error::DType) unless the arguments are as their
-/// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number;
+/// fields say; [`Error::Invalid`](crate::Error::Invalid) for `norm_pix` of a single number and a `scale` that is not finite;
 /// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
     let call = Call { op: "masked_mse_loss", dev };
@@ -59,6 +59,7 @@ pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
             "needs patches of two numbers",
         ));
     }
+    expect_within(call, "scale", args.scale, FINITE)?;
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward_backward::<T>(args)),
         Device::Cuda(gpu) => launch::forward_backward(gpu, args)?,

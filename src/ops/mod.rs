@@ -65,6 +65,8 @@ macro_rules! for_real {
 }
 use for_real;
 
+use std::ops::{RangeBounds, RangeInclusive};
+
 use crate::device::Call;
 
 /// Refuses sizes of zero.
@@ -119,12 +121,39 @@ mod rows {
 
 /// Numbers of an RGB patch (E = 3 P P). A side whose square overflows is refused: it would pass for a small one.
 fn patch_numbers(call: Call<'_>, patch_size: usize) -> crate::Result<usize> {
-    patch_size.checked_mul(patch_size).and_then(|n| n.checked_mul(3)).ok_or_else(|| {
+    let numbers = patch_size.checked_mul(patch_size).and_then(|n| n.checked_mul(3));
+    numbers.filter(|&numbers| numbers > 0).ok_or_else(|| {
         crate::Error::invalid(
             format!("{}: patch_size", call.op),
-            format!("is {patch_size}, far more pixels than a side has"),
+            format!("is {patch_size}, not the pixels of a patch's side"),
         )
     })
+}
+
+/// What any number of an op must be: finite in every precision it computes in.
+const FINITE: RangeInclusive<f64> = -(f32::MAX as f64)..=f32::MAX as f64;
+const NOT_NEGATIVE: RangeInclusive<f64> = 0.0..=f32::MAX as f64;
+/// With a finite reciprocal.
+const POSITIVE: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
+
+/// Refuses a number outside its range; NaN is outside any.
+fn expect_within(
+    call: Call<'_>,
+    arg: &str,
+    value: f64,
+    range: impl RangeBounds<f64> + std::fmt::Debug,
+) -> crate::Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let why = format!("is {value:?}, outside {range:?}");
+    Err(crate::Error::invalid(format!("{}: {arg}", call.op), why))
+}
+
+/// Refuses colours that do not normalise: each mean finite, each standard deviation positive.
+fn expect_colours(call: Call<'_>, mean: [f64; 3], std: [f64; 3]) -> crate::Result<()> {
+    mean.into_iter().try_for_each(|mean| expect_within(call, "mean", mean, FINITE))?;
+    std.into_iter().try_for_each(|std| expect_within(call, "std", std, POSITIVE))
 }
 
 /// Refuses ids outside `0..bound`. On a GPU nobody looks: reading them back would stop the stream, so a kernel trusts the

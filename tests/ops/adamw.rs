@@ -7,7 +7,7 @@ use pixmim::{DType, Result};
 use crate::common::{
     Guarded, Real, close, cpu, normal, same_on_any_threads, scale, uniform, view, widen,
 };
-use crate::refusal::{Any, arg, refuses_what_does_not_fit};
+use crate::refusal::{Any, arg, refuses_numbers, refuses_what_does_not_fit};
 
 /// Parameters and moments.
 #[derive(Clone, Debug, PartialEq)]
@@ -207,7 +207,7 @@ fn threads_change_no_bit() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let call = |t: &mut [Any]| -> Result<()> {
+    let with = |t: &mut [Any], [beta1, beta2, eps, weight_decay]: [f64; 4]| -> Result<()> {
         let [param, exp_avg, exp_avg_sq, grad, coefficients, copy] = t else { unreachable!() };
         let args = Update {
             param: param.view_mut(),
@@ -216,12 +216,14 @@ fn what_does_not_fit_is_refused() {
             exp_avg_sq: exp_avg_sq.view_mut(),
             grad: grad.view(),
             coefficients: coefficients.view(),
-            betas: BETAS,
-            eps: EPS,
-            weight_decay: 0.05,
+            betas: [beta1, beta2],
+            eps,
+            weight_decay,
         };
         update(&cpu(), args)
     };
+    let good = [BETAS[0], BETAS[1], EPS, 0.05];
+    let call = |t: &mut [Any]| with(t, good);
     let args = [
         arg("param", DType::F32, &[37]),
         arg("exp_avg", DType::F32, &[37]),
@@ -231,7 +233,15 @@ fn what_does_not_fit_is_refused() {
         arg("copy", DType::Bf16, &[37]),
     ];
     refuses_what_does_not_fit("adamw::update", &args, &call);
-    let call = |t: &mut [Any]| -> Result<()> {
+    for (at, name) in ["beta1", "beta2", "eps", "weight_decay"].into_iter().enumerate() {
+        let bad: &[f64] = if at < 2 { &[-0.1, 1.0] } else { &[-1e-9] };
+        refuses_numbers(&format!("adamw::update: {name}"), bad, &args, &|t, number| {
+            let mut numbers = good;
+            numbers[at] = number;
+            with(t, numbers)
+        });
+    }
+    let with = |t: &mut [Any], [clip, beta1, beta2]: [f64; 3]| -> Result<()> {
         let [coefficients, step, lr, loss, grad_norm] = t else { unreachable!() };
         let args = Prepare {
             coefficients: coefficients.view_mut(),
@@ -239,11 +249,13 @@ fn what_does_not_fit_is_refused() {
             lr: lr.view(),
             loss: loss.view(),
             grad_norm: grad_norm.view(),
-            clip: 0.0,
-            betas: BETAS,
+            clip,
+            betas: [beta1, beta2],
         };
         prepare(&cpu(), args)
     };
+    let good = [0.0, BETAS[0], BETAS[1]];
+    let call = |t: &mut [Any]| with(t, good);
     let args = [
         arg("coefficients", DType::F32, &[COEFFICIENTS]),
         arg("step", DType::I64, &[1]),
@@ -252,4 +264,12 @@ fn what_does_not_fit_is_refused() {
         arg("grad_norm", DType::F32, &[1]),
     ];
     refuses_what_does_not_fit("adamw::prepare", &args, &call);
+    for (at, name) in ["clip", "beta1", "beta2"].into_iter().enumerate() {
+        let bad: &[f64] = if at > 0 { &[-0.1, 1.0] } else { &[-1e-9] };
+        refuses_numbers(&format!("adamw::prepare: {name}"), bad, &args, &|t, number| {
+            let mut numbers = good;
+            numbers[at] = number;
+            with(t, numbers)
+        });
+    }
 }

@@ -7,7 +7,7 @@ use proptest::prelude::any;
 use crate::common::{
     Guarded, Real, close, cpu, for_any, masks, same_on_any_threads, uniform, view,
 };
-use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit};
+use crate::refusal::{Any, arg, refusal, refuses_numbers, refuses_what_does_not_fit};
 
 const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 const STD: [f64; 3] = [0.229, 0.224, 0.225];
@@ -284,7 +284,7 @@ fn what_does_not_fit_is_refused() {
         common().into_iter().chain([real("target.target", &[1, 3, 12]), ids()]).collect();
     let pixels = real("target.pixels", &[1, 3, 4, 4]);
     let filtered: Vec<_> = common().into_iter().chain([pixels]).collect();
-    let with_patch = |t: &mut [Any], patch_size| -> Result<()> {
+    let with = |t: &mut [Any], patch_size, mean, std| -> Result<()> {
         let [patches, images, geometry, ids_keep, rest @ ..] = t else { unreachable!() };
         let target = match rest {
             [target, ids] => Target::Raw { target: target.view_mut(), ids_masked: ids.view() },
@@ -292,11 +292,16 @@ fn what_does_not_fit_is_refused() {
             _ => unreachable!(),
         };
         let (images, geometry, ids_keep) = (images.view(), geometry.view(), ids_keep.view());
-        let (patches, mean, std) = (patches.view_mut(), MEAN, STD);
+        let patches = patches.view_mut();
         let args = Forward { patches, target, images, geometry, ids_keep, mean, std, patch_size };
         forward(&cpu(), args)
     };
+    let with_patch = |t: &mut [Any], patch_size| with(t, patch_size, MEAN, STD);
     let call = |t: &mut [Any]| with_patch(t, 2);
+    refuses_numbers("input::forward: mean", &[], &raw, &|t, bad| with(t, 2, [0.5, 0.5, bad], STD));
+    refuses_numbers("input::forward: std", &[0.0, -0.5], &raw, &|t, bad| {
+        with(t, 2, MEAN, [0.5, bad, 0.5])
+    });
     let op = "input::forward";
     for args in [&raw, &filtered] {
         refuses_what_does_not_fit(op, args, &call);
@@ -322,7 +327,7 @@ fn what_does_not_fit_is_refused() {
     // Patches of no pixels, and a side whose square wraps around to 1.
     let bad = Any::new(DType::F32, &[1, 1, 0]);
     let err = refusal(&raw, &|t| with_patch(t, 0), "patches", bad);
-    assert!(matches!(err, Error::Shape { .. }), "{err}");
+    assert!(matches!(err, Error::Invalid { .. }), "{err}");
     let bad = Any::new(DType::F32, &[1, 1, 3]);
     let err = refusal(&raw, &|t| with_patch(t, usize::MAX), "patches", bad);
     assert!(matches!(err, Error::Invalid { .. }), "{err}");

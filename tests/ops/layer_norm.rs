@@ -7,7 +7,9 @@ use crate::common::{
     Guarded, Real, close, close_as_naive, cpu, dot, for_any, gradcheck, normal,
     same_on_any_threads, slopecheck, uniform, view, widen, workspace,
 };
-use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit, workspace_arg};
+use crate::refusal::{
+    Any, arg, refusal, refuses_numbers, refuses_what_does_not_fit, workspace_arg,
+};
 
 const EPS: f64 = 1e-6;
 
@@ -254,7 +256,7 @@ fn what_does_not_fit_is_refused() {
         real("weight", &[7]),
         real("bias", &[7]),
     ];
-    let call = |t: &mut [Any]| -> Result<()> {
+    let with_eps = |t: &mut [Any], eps: f64| -> Result<()> {
         let [out, mean, rstd, inp, weight, bias] = t else { unreachable!() };
         let args = Forward {
             out: out.view_mut(),
@@ -263,10 +265,12 @@ fn what_does_not_fit_is_refused() {
             inp: inp.view(),
             weight: weight.view(),
             bias: bias.view(),
-            eps: EPS,
+            eps,
         };
         forward(&cpu(), args)
     };
+    let call = |t: &mut [Any]| with_eps(t, EPS);
+    refuses_numbers("layer_norm::forward: eps", &[-1e-6], &args, &with_eps);
     refuses_what_does_not_fit("layer_norm::forward", &args, &call);
     let err = refusal(&args, &call, "bias", Any::new(DType::F32, &[6]));
     assert_eq!(err.to_string(), "layer_norm::forward: `bias` has shape [6], expected [7]");

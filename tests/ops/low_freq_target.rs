@@ -7,7 +7,9 @@ use crate::common::{
     Guarded, Real, close, cpu, for_any, masks, normal, same_on_any_threads, scale, uniform, view,
     workspace,
 };
-use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit, workspace_arg};
+use crate::refusal::{
+    Any, arg, refusal, refuses_numbers, refuses_what_does_not_fit, workspace_arg,
+};
 
 const NO_MEAN: [f64; 3] = [0.0; 3];
 const NO_STD: [f64; 3] = [1.0; 3];
@@ -348,24 +350,31 @@ fn what_does_not_fit_is_refused() {
         arg("ids_masked", DType::I32, &[2, 3]).holding(&[0, 8, 4, 2, 3, 1]),
         workspace_arg(workspace_bytes(&cpu(), DType::F32, 2, &filter, true)),
     ];
-    let with_patch = |patch_size: usize| {
-        let filter = &filter;
-        move |t: &mut [Any]| -> Result<()> {
-            let [target, pixels, ids_masked, workspace] = t else { unreachable!() };
-            let args = Forward {
-                target: target.view_mut(),
-                pixels: pixels.view(),
-                ids_masked: ids_masked.view(),
-                filter,
-                mean: NO_MEAN,
-                std: NO_STD,
-                patch_size,
-                exact: true,
-                workspace: workspace.view_mut(),
-            };
-            forward(&cpu(), args)
-        }
+    let with = |t: &mut [Any], patch_size, mean, std| -> Result<()> {
+        let [target, pixels, ids_masked, workspace] = t else { unreachable!() };
+        let args = Forward {
+            target: target.view_mut(),
+            pixels: pixels.view(),
+            ids_masked: ids_masked.view(),
+            filter: &filter,
+            mean,
+            std,
+            patch_size,
+            exact: true,
+            workspace: workspace.view_mut(),
+        };
+        forward(&cpu(), args)
     };
+    let with_patch = |patch_size: usize| {
+        let with = &with;
+        move |t: &mut [Any]| with(t, patch_size, NO_MEAN, NO_STD)
+    };
+    refuses_numbers("low_freq_target::forward: mean", &[], &args, &|t, bad| {
+        with(t, 2, [0.5, 0.5, bad], NO_STD)
+    });
+    refuses_numbers("low_freq_target::forward: std", &[0.0, -0.5], &args, &|t, bad| {
+        with(t, 2, NO_MEAN, [1.0, bad, 1.0])
+    });
     let call = with_patch(2);
     refuses_what_does_not_fit("low_freq_target::forward", &args, &call);
     let err = refusal(&args, &call, "pixels", Any::new(DType::F32, &[2, 3, 8, 8]));
@@ -382,7 +391,7 @@ fn what_does_not_fit_is_refused() {
     let err = refusal(&args, &with_patch(4), "target", Any::new(DType::F32, &[2, 3, 48]));
     assert!(matches!(err, Error::Invalid { .. }), "{err}");
     let err = refusal(&args, &with_patch(0), "target", Any::new(DType::F32, &[2, 3, 0]));
-    assert!(matches!(err, Error::Shape { .. }), "{err}");
+    assert!(matches!(err, Error::Invalid { .. }), "{err}");
     // A side whose square wraps around to 1.
     let bad = Any::new(DType::F32, &[2, 3, 3]);
     let err = refusal(&args, &with_patch(usize::MAX), "target", bad);

@@ -7,7 +7,9 @@ use crate::common::{
     Guarded, Real, close, close_as_naive, cpu, for_any, gradcheck, normal, same_on_any_threads,
     slopecheck, uniform, view, workspace,
 };
-use crate::refusal::{Any, arg, refusal, refuses_what_does_not_fit, workspace_arg};
+use crate::refusal::{
+    Any, arg, refusal, refuses_numbers, refuses_what_does_not_fit, workspace_arg,
+};
 
 #[derive(Clone, Copy)]
 struct How {
@@ -180,7 +182,7 @@ fn what_does_not_fit_is_refused() {
             workspace_arg(workspace_bytes(&cpu(), DType::F32, 6)),
         ]
     };
-    let call = |t: &mut [Any]| -> Result<()> {
+    let with_scale = |t: &mut [Any], scale: f64| -> Result<()> {
         let [loss, grad_pred, pred, target, workspace] = t else { unreachable!() };
         let args = ForwardBackward {
             loss: loss.view_mut(),
@@ -188,12 +190,14 @@ fn what_does_not_fit_is_refused() {
             pred: pred.view(),
             target: target.view(),
             norm_pix: true,
-            scale: 1.0,
+            scale,
             workspace: workspace.view_mut(),
         };
         forward_backward(&cpu(), args)
     };
+    let call = |t: &mut [Any]| with_scale(t, 1.0);
     let args = args_of(12);
+    refuses_numbers("masked_mse_loss: scale", &[], &args, &with_scale);
     refuses_what_does_not_fit("masked_mse_loss", &args, &call);
     let err = refusal(&args, &call, "target", Any::new(DType::F32, &[2, 4, 12]));
     let want = "masked_mse_loss: `target` has shape [2, 4, 12], expected [2, 3, 12]";

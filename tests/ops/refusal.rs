@@ -113,6 +113,27 @@ pub(crate) fn refusal(
     err
 }
 
+/// Numbers that are none in f32.
+pub(crate) const NO_NUMBERS: [f64; 4] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e39];
+
+/// Calls the op with each of these numbers for its argument `name`: it says so, and writes nothing.
+#[track_caller]
+pub(crate) fn refuses_numbers(
+    name: &str,
+    numbers: &[f64],
+    args: &[Arg],
+    call: &dyn Fn(&mut [Any], f64) -> Result<()>,
+) {
+    for &number in numbers.iter().chain(&NO_NUMBERS) {
+        let unspoilt = &args[0];
+        let call = |tensors: &mut [Any]| call(tensors, number);
+        match refusal(args, &call, unspoilt.name, unspoilt.good.clone()) {
+            Error::Invalid { name: found, .. } => assert_eq!(found, name),
+            err => panic!("{name} {number}: {err}"),
+        }
+    }
+}
+
 /// Calls the op with each argument spoilt in turn: another dtype, another rank, each dimension longer or empty, a
 /// workspace one byte short. The call as it should be succeeds.
 #[track_caller]
