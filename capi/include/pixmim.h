@@ -37,6 +37,33 @@
 // Minor version of this header: grows with each addition.
 #define PIXMIM_ABI_MINOR 0
 
+// Of the state: a weight, f32 (f64 in a model of f64).
+#define PIXMIM_WEIGHT 0
+
+// Its accumulated gradient.
+#define PIXMIM_GRAD 1
+
+// Its first moment.
+#define PIXMIM_EXP_AVG 2
+
+// Its second moment.
+#define PIXMIM_EXP_AVG_SQ 3
+
+// Of the last forward pass: predicted patches (B, M, E), real, (row, column, channel).
+#define PIXMIM_PRED 0
+
+// What they were to be (B, M, E), wide, before norm_pix.
+#define PIXMIM_TARGET 1
+
+// Patches that the encoder saw (B, K) i32.
+#define PIXMIM_IDS_KEEP 2
+
+// Patches that were masked, and are predicted in this order (B, M) i32.
+#define PIXMIM_IDS_MASKED 3
+
+// Where each patch stands among kept and masked ones (B, L) i32.
+#define PIXMIM_IDS_RESTORE 4
+
 // IEEE 754 binary32.
 #define PIXMIM_F32 0
 
@@ -63,6 +90,10 @@ typedef struct pixmim_context pixmim_context;
 
 // The tables of a low-pass filter, for one size and radius on one device.
 typedef struct pixmim_filter pixmim_filter;
+
+// A masked autoencoder with its gradients, optimizer and memory. One thread uses it at a time: calls from two at once are
+// refused with PIXMIM_BUSY.
+typedef struct pixmim_model pixmim_model;
 
 // 0, or why a call failed. The values never change; new ones may be added.
 typedef int32_t pixmim_status;
@@ -119,6 +150,63 @@ typedef struct pixmim_tensor {
   int64_t strides[PIXMIM_MAX_DIMS];
 } pixmim_tensor;
 
+// Network and training step. Fill it with pixmim_model_config_preset, then change what is to be otherwise.
+typedef struct pixmim_model_config {
+  // sizeof(pixmim_model_config).
+  uint32_t struct_size;
+  // Of activations: PIXMIM_F32, PIXMIM_BF16 on a GPU (weights, moments and gradients are f32), PIXMIM_F64 on the CPU.
+  int32_t dtype;
+  // Side of the square input, in pixels (S).
+  int64_t image_size;
+  // Side of a patch, in pixels (P); divides image_size.
+  int64_t patch_size;
+  // Width of the encoder; divisible by 4 and by heads.
+  int64_t dim;
+  // Transformer blocks of the encoder.
+  int64_t depth;
+  // Attention heads of the encoder.
+  int64_t heads;
+  // Width of the decoder; divisible by 4 and by decoder_heads.
+  int64_t decoder_dim;
+  // Transformer blocks of the decoder.
+  int64_t decoder_depth;
+  // Attention heads of the decoder.
+  int64_t decoder_heads;
+  // Width of the MLPs over the width of the tokens.
+  int64_t mlp_ratio;
+  // Images of each call (B).
+  int64_t micro_batch;
+  // Side of the blocks of patches that are masked together; 1: each patch by itself.
+  int64_t mask_block;
+  // Seed of weights and masks, below 2^63.
+  uint64_t seed;
+  // Share of the patches that are masked: K = (int) (L (1 - mask_ratio)) are kept.
+  double mask_ratio;
+  // PixMIM: radius of the target's low-pass filter, 40 at 224 pixels. MAE, whose target is the image itself: 0 or less.
+  double radius;
+  // Mean of the colours, RGB on [0, 1].
+  double mean[3];
+  // Standard deviation of the colours.
+  double std[3];
+  // Decay rates of Adam's moments.
+  double betas[2];
+  // Adam's epsilon.
+  double eps;
+  // Decoupled weight decay of AdamW; biases and norms never decay.
+  double weight_decay;
+  // Largest gradient norm; 0: no clipping.
+  double clip;
+  // 1: each target patch is normalised by its own mean and variance.
+  int32_t norm_pix;
+  // 1: class and mask token decay too.
+  int32_t decay_tokens;
+  // On a GPU, 1: a step's work is recorded once and then enqueued as a whole, which changes no bit. Not for the legacy
+  // default stream, nor for a stream that the caller captures: 0.
+  int32_t record;
+  // 0.
+  int32_t reserved;
+} pixmim_model_config;
+
 // Done, or enqueued.
 #define PIXMIM_OK 0
 
@@ -136,6 +224,9 @@ typedef struct pixmim_tensor {
 
 // Too small a workspace.
 #define PIXMIM_WORKSPACE 5
+
+// A model that another thread is using.
+#define PIXMIM_BUSY 6
 
 // No such device, or one that cannot be used here.
 #define PIXMIM_NO_DEVICE 10
@@ -370,6 +461,126 @@ pixmim_status pixmim_gather_tokens_backward(const struct pixmim_context *context
                                             const struct pixmim_tensor *grad_out,
                                             const struct pixmim_tensor *ids_restore,
                                             void *stream);
+
+// Makes a model with freshly drawn weights. Allocates all memory of the training; on a GPU synchronises.
+pixmim_status pixmim_model_create(const struct pixmim_context *context,
+                                  const struct pixmim_model_config *config,
+                                  struct pixmim_model **out);
+
+// As pixmim_model_create, with weights from disk: a checkpoint's folder (RUN/ckpt/step-..., which has moments and the count
+// of updates too), or a safetensors file of MAE's names in f32. `config` must have the sizes of the weights: let
+// pixmim_model_config_load fill them in. f32 and bf16 models only.
+pixmim_status pixmim_model_load(const struct pixmim_context *context,
+                                const char *path,
+                                const struct pixmim_model_config *config,
+                                struct pixmim_model **out);
+
+// Frees a model, once its work is done; the stream it was last used on must be alive. NULL is let pass.
+void pixmim_model_destroy(struct pixmim_model *model);
+
+// Writes the weights as a safetensors file, in place of what is at `path`: a reader sees the old file or the new one. Waits.
+pixmim_status pixmim_model_save(const struct pixmim_model *model,
+                                const char *path,
+                                void *stream);
+
+// Draws masks, reads the images, and adds to the loss theirs over `micro_batches`, which are the calls of one step.
+//
+// Reads images (bytes) u8, geometry (B, 6) i64 and samples (B) i64 as pixmim_input_forward and pixmim_random_masking_forward
+// do, and epoch (1) i64. Each may be in the host's memory or the device's; from the host geometry is checked, on a GPU nobody
+// looks at it. From the device nothing waits, and a stream being captured captures it if a call before had as many bytes of
+// images; the graph is good until a call has more.
+pixmim_status pixmim_model_forward_loss(const struct pixmim_model *model,
+                                        const struct pixmim_tensor *images,
+                                        const struct pixmim_tensor *geometry,
+                                        const struct pixmim_tensor *samples,
+                                        const struct pixmim_tensor *epoch,
+                                        int64_t micro_batches,
+                                        void *stream);
+
+// Adds the gradient of the loss that pixmim_model_forward_loss, which must have come right before, has added.
+pixmim_status pixmim_model_backward(const struct pixmim_model *model, void *stream);
+
+// Updates the weights by the accumulated gradient, unless the loss, the gradient's norm or its square is not finite. The
+// gradient and the loss stay: pixmim_model_clear comes before the next step.
+pixmim_status pixmim_model_step(const struct pixmim_model *model,
+                                double lr,
+                                void *stream);
+
+// As pixmim_model_step, with the learning rate (1) f64 in the device's memory, or the host's: so that a captured step can
+// be replayed with another.
+pixmim_status pixmim_model_step_with(const struct pixmim_model *model,
+                                     const struct pixmim_tensor *lr,
+                                     void *stream);
+
+// Sets the gradients and the loss to zero: at the start of a step, or to give one up.
+pixmim_status pixmim_model_clear(const struct pixmim_model *model, void *stream);
+
+// Waits, and tells the mean loss since pixmim_model_clear, and of the last step the gradient's norm before clipping and
+// whether the weights changed (1 or 0). What is NULL is not wanted.
+pixmim_status pixmim_model_outcome(const struct pixmim_model *model,
+                                   double *loss,
+                                   double *grad_norm,
+                                   int32_t *updated,
+                                   void *stream);
+
+// Fills in a config, whose struct_size is set, from a preset: "demo", "tiny", "small", "base", "large", "huge" or
+// "pixmim-vit-b-300e", which are ViTs of these sizes with PixMIM's target; dtype is f32.
+pixmim_status pixmim_model_config_preset(const char *name,
+                                         struct pixmim_model_config *config);
+
+// Overwrites in a filled config what weights on disk tell, the paths being as for pixmim_model_load: the network's sizes,
+// and, unless others than pixmim wrote them, heads, target and colours.
+pixmim_status pixmim_model_config_load(const char *path,
+                                       struct pixmim_model_config *config);
+
+// Writes the number of weights.
+pixmim_status pixmim_model_state_count(const struct pixmim_model *model, int64_t *count);
+
+// Tells of a weight, and of its gradient and moments: its name, as MAE has it, which lives as long as the model; and a
+// tensor of its shape and dtype on the model's device, to which only data is lacking. What is NULL is not wanted.
+pixmim_status pixmim_model_state_info(const struct pixmim_model *model,
+                                      int64_t index,
+                                      const char **name,
+                                      struct pixmim_tensor *like);
+
+// Copies a tensor of the state to `out`, of its dtype and shape. To the host it waits; to the device it does not.
+pixmim_status pixmim_model_state_get(const struct pixmim_model *model,
+                                     int32_t kind,
+                                     int64_t index,
+                                     const struct pixmim_tensor *out,
+                                     void *stream);
+
+// Replaces a tensor of the state by `inp`, of its dtype and shape, on the host or the device. A weight's rounded copy
+// follows.
+pixmim_status pixmim_model_state_set(const struct pixmim_model *model,
+                                     int32_t kind,
+                                     int64_t index,
+                                     const struct pixmim_tensor *inp,
+                                     void *stream);
+
+// Lends all gradients as one vector in the model's memory, with zeros between them, until the model is destroyed: to sum
+// them over processes between pixmim_model_backward and pixmim_model_step, say.
+pixmim_status pixmim_model_grads(const struct pixmim_model *model,
+                                 struct pixmim_tensor *out);
+
+// Writes the number of updates done, which Adam's bias correction counts. Waits.
+pixmim_status pixmim_model_updates_get(const struct pixmim_model *model, int64_t *updates, void *stream);
+
+// Sets the number of updates done, 0 or more: to go on from a state that was kept elsewhere.
+pixmim_status pixmim_model_updates_set(const struct pixmim_model *model, int64_t updates, void *stream);
+
+// Tells shape and dtype of PIXMIM_PRED and so on, as pixmim_model_state_info does.
+pixmim_status pixmim_model_output_info(const struct pixmim_model *model,
+                                       int32_t which,
+                                       struct pixmim_tensor *like,
+                                       void *stream);
+
+// Copies PIXMIM_PRED and so on of the last pixmim_model_forward_loss to `out`, of their dtype and shape: for pictures. To the
+// host it waits.
+pixmim_status pixmim_model_output_get(const struct pixmim_model *model,
+                                      int32_t which,
+                                      const struct pixmim_tensor *out,
+                                      void *stream);
 
 // Why the last failing call of this thread failed, in a sentence; empty if none has. UTF-8, valid until the next call of
 // this thread that fails.

@@ -8,7 +8,7 @@ use pixmim_core::train::checkpoint::{Checkpoint, TensorFile};
 use pixmim_core::train::config::{Auto, Config, Crop, Target};
 use pixmim_core::{DType, Device, Error};
 
-use crate::call::size;
+use crate::call::{flag, size};
 use crate::status::{Failure, Outcome, PIXMIM_CORRUPT, PIXMIM_DTYPE, guard, pixmim_status};
 use crate::tensor::{PIXMIM_F32, dtype, expect_struct, pointee, pointee_mut};
 
@@ -81,14 +81,6 @@ pub(super) unsafe fn utf8<'a>(name: &str, text: *const c_char) -> Outcome<&'a st
     // SAFETY: not null, and ended by a zero byte as the caller promises.
     let text = unsafe { CStr::from_ptr(text) };
     text.to_str().map_err(|_| Failure::invalid(name, "is not UTF-8"))
-}
-
-/// A number that is a switch.
-fn flag(name: &str, value: i32) -> Outcome<bool> {
-    match value {
-        0 | 1 => Ok(value == 1),
-        _ => Err(Failure::invalid(name, format!("is {value}; it is 0 or 1"))),
-    }
 }
 
 impl pixmim_model_config {
