@@ -22,7 +22,8 @@ use crate::status::{Failure, Outcome, PIXMIM_BUSY, PIXMIM_INTERNAL, guard, pixmi
 use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
 
 /// A masked autoencoder with its gradients, optimizer and memory. One thread uses it at a time: calls from two at once are
-/// refused with PIXMIM_BUSY.
+/// refused with PIXMIM_BUSY. A call on another stream than the one before must be ordered after that by the caller, by an
+/// event say.
 pub struct pixmim_model {
     context: pixmim_context,
     /// Name of each weight, and a tensor like it.
@@ -41,13 +42,22 @@ struct Model {
 }
 
 impl pixmim_model {
-    fn new(context: &pixmim_context, given: &pixmim_model_config) -> Outcome<Self> {
+    /// A model whose weights `start` may replace.
+    fn new(
+        context: &pixmim_context,
+        given: &pixmim_model_config,
+        start: impl FnOnce(&mut Trainer) -> Outcome + Send,
+    ) -> Outcome<Self> {
         let (config, records) = (given.to_run()?, given.records()?);
         config.check()?;
         // On a stream of the context's own, as memory is given back on the stream it was made on.
         let trainer = context.run_apart(|dev| {
             let settings = Settings { record: records, ..settings(&config, &config.resolved()) };
-            Ok(Trainer::new(dev.clone(), config.model, given.dtype_on(dev)?, settings)?)
+            let dtype = given.dtype_on(dev)?;
+            let mut trainer = Trainer::new(dev.clone(), config.model, dtype, settings)?;
+            start(&mut trainer)?;
+            trainer.synchronize()?;
+            Ok(trainer)
         })?;
         let weight = |(i, spec): (usize, &Spec)| {
             let like = Described::of(trainer.mae.weights.view(i), context.device).lent();
@@ -58,13 +68,6 @@ impl pixmim_model {
         let grads = Described::of(trainer.grads.flat(), context.device);
         let inner = Mutex::new(Model { trainer, config, records, stream: None });
         Ok(Self { context: context.clone(), weights, grads, inner })
-    }
-
-    /// Hands a model out, once work on the stream it was made on is done.
-    fn finish(self, out: &mut *mut Self) -> Outcome {
-        self.inner.lock().expect("nobody has used it").trainer.synchronize()?;
-        *out = Box::into_raw(Box::new(self));
-        Ok(())
     }
 }
 
@@ -127,7 +130,8 @@ pub unsafe extern "C" fn pixmim_model_create(
         let config = unsafe { pixmim_model_config::read(config) }?;
         // SAFETY: the header asks of the caller that it leads to a pointer, which nobody else uses.
         let out = unsafe { pointee_mut("out", out) }?;
-        pixmim_model::new(context, config)?.finish(out)
+        *out = Box::into_raw(Box::new(pixmim_model::new(context, config, |_| Ok(()))?));
+        Ok(())
     })
 }
 
@@ -150,16 +154,15 @@ pub unsafe extern "C" fn pixmim_model_load(
         let out = unsafe { pointee_mut("out", out) }?;
         // SAFETY: the header asks of the caller that texts are ended by a zero byte.
         let mut saved = unsafe { Saved::open(path) }?;
-        let mut model = pixmim_model::new(context, config)?;
-        let trainer = &mut model.inner.get_mut().expect("nobody has used it").trainer;
-        context.run_apart(|_| {
+        let model = pixmim_model::new(context, config, |trainer| {
             let loaded = match &mut saved {
                 Saved::Checkpoint(checkpoint) => trainer.load_checkpoint(checkpoint),
                 Saved::File(file) => trainer.load_weights(file),
             };
             loaded.map_err(of_file)
         })?;
-        model.finish(out)
+        *out = Box::into_raw(Box::new(model));
+        Ok(())
     })
 }
 
@@ -201,7 +204,7 @@ pub unsafe extern "C" fn pixmim_model_save(
 /// images; the graph is good until a call has more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_forward_loss(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     images: *const pixmim_tensor,
     geometry: *const pixmim_tensor,
     samples: *const pixmim_tensor,
@@ -223,7 +226,7 @@ pub unsafe extern "C" fn pixmim_model_forward_loss(
 /// Adds the gradient of the loss that pixmim_model_forward_loss, which must have come right before, has added.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_backward(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, _, inner| Ok(inner.trainer.backward()?))
@@ -233,7 +236,7 @@ pub unsafe extern "C" fn pixmim_model_backward(
 /// gradient and the loss stay: pixmim_model_clear comes before the next step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_step(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     lr: f64,
     stream: *mut c_void,
 ) -> pixmim_status {
@@ -249,7 +252,7 @@ pub unsafe extern "C" fn pixmim_model_step(
 /// be replayed with another.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_step_with(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     lr: *const pixmim_tensor,
     stream: *mut c_void,
 ) -> pixmim_status {
@@ -261,7 +264,7 @@ pub unsafe extern "C" fn pixmim_model_step_with(
 /// Sets the gradients and the loss to zero: at the start of a step, or to give one up.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_clear(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, _, inner| Ok(inner.trainer.clear()?))

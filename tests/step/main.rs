@@ -10,7 +10,7 @@ use pixmim::model::MaeConfig;
 use pixmim::ops::input::Geometry;
 use pixmim::rng::{Purpose, Stream};
 use pixmim::train::step::{MicroBatch, Outcome, Settings, Trainer};
-use pixmim::{DType, Device, Gpu};
+use pixmim::{DType, Device, Error, Gpu};
 
 /// Small, and unlike in every size: encoder heads of 32, decoder heads of 16.
 const NET: MaeConfig = MaeConfig {
@@ -271,6 +271,29 @@ fn a_batch_whose_crops_leave_its_images_is_refused_before_it_is_copied() {
     let why = trainer.accumulate(batch, MICRO_BATCHES).unwrap_err().to_string();
     assert!(why.contains("geometry") && why.contains("image 0"), "{why}");
     assert!(step(&mut trainer, 1).updated);
+}
+
+#[test]
+fn a_trainer_goes_on_with_its_own_memory_only_and_records_anew() {
+    let dev = gpu(0);
+    let run = |change: bool| {
+        let mut trainer = trainer(dev.clone(), DType::Bf16, settings());
+        let outcomes: Vec<_> = (0..4)
+            .map(|number| {
+                if change {
+                    trainer.set_device(dev.clone()).unwrap();
+                }
+                step(&mut trainer, number)
+            })
+            .collect();
+        (outcomes, state(&trainer))
+    };
+    assert!(run(true) == run(false));
+    let mut trainer = trainer(dev.clone(), DType::Bf16, settings());
+    for other in [gpu(0), Device::cpu()] {
+        let why = trainer.set_device(other).unwrap_err();
+        assert!(matches!(why, Error::Place { .. }), "{why}");
+    }
 }
 
 #[test]

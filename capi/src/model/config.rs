@@ -197,7 +197,7 @@ impl pixmim_model_config {
 /// Weights on disk.
 pub(super) enum Saved {
     /// A folder as training writes it.
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     /// A safetensors file.
     File(TensorFile),
 }
@@ -209,7 +209,7 @@ impl Saved {
         // SAFETY: promised by the caller.
         let path = Path::new(unsafe { utf8("path", path) }?);
         let opened = match path.is_dir() {
-            true => Checkpoint::open(path).map(Self::Checkpoint),
+            true => Checkpoint::open(path).map(|found| Self::Checkpoint(Box::new(found))),
             false => TensorFile::open(path).map(Self::File),
         };
         opened.map_err(of_file)

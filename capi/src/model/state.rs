@@ -124,7 +124,7 @@ pub unsafe extern "C" fn pixmim_model_state_get(
 /// follows.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_state_set(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     kind: i32,
     index: i64,
     inp: *const pixmim_tensor,
@@ -144,7 +144,7 @@ pub unsafe extern "C" fn pixmim_model_state_set(
 /// them over processes between pixmim_model_backward and pixmim_model_step, say.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_grads(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     out: *mut pixmim_tensor,
 ) -> pixmim_status {
     guard(|| {
@@ -173,7 +173,7 @@ pub unsafe extern "C" fn pixmim_model_updates_get(
 /// Sets the number of updates done, 0 or more: to go on from a state that was kept elsewhere.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pixmim_model_updates_set(
-    model: *const pixmim_model,
+    model: *mut pixmim_model,
     updates: i64,
     stream: *mut c_void,
 ) -> pixmim_status {

@@ -1,4 +1,4 @@
-#![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
+//! The model through the exported functions, against the trainer from Rust.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
@@ -658,8 +658,8 @@ fn configs_that_make_no_model_are_refused_by_name() {
         refused(pixmim_model_create(null(), &base, &raw mut out), PIXMIM_INVALID);
         refused(pixmim_model_create(context.0, null(), &raw mut out), PIXMIM_INVALID);
         refused(pixmim_model_create(context.0, &base, null_mut()), PIXMIM_INVALID);
-        refused(pixmim_model_backward(null(), STREAM), PIXMIM_INVALID);
-        let misaligned = std::ptr::without_provenance::<pixmim_model>(0x1001);
+        refused(pixmim_model_backward(null_mut(), STREAM), PIXMIM_INVALID);
+        let misaligned = std::ptr::without_provenance_mut::<pixmim_model>(0x1001);
         refused(pixmim_model_backward(misaligned, STREAM), PIXMIM_INVALID);
         pixmim_model_destroy(null_mut());
         let mut config = base;
