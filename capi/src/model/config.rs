@@ -135,6 +135,10 @@ impl pixmim_model_config {
         config.optim.global_batch = config.optim.micro_batch.max(1);
         (config.optim.betas, config.optim.eps) = (self.betas, self.eps);
         (config.optim.weight_decay, config.optim.clip_grad) = (self.weight_decay, self.clip);
+        if !(0.0..=f64::from(f32::MAX)).contains(&self.clip) {
+            let why = format!("is {:?}; it is 0 for none, or more, and finite", self.clip);
+            return Err(Failure::invalid("clip", why));
+        }
         config.optim.decay_tokens = flag("decay_tokens", self.decay_tokens)?;
         config.runtime.seed = self.seed;
         Ok(config)
