@@ -189,6 +189,11 @@ impl Call<'_> {
             return Err(Failure::invalid(name, "has NULL for its data"));
         }
         let start = found.data.addr();
+        if found.device != PIXMIM_CPU && !start.is_multiple_of(16) && found.elems() > 0 {
+            let why =
+                format!("starts at address {start:#x}; on a GPU it starts at a multiple of 16");
+            return Err(Failure::invalid(name, why));
+        }
         let bytes = start..start.saturating_add(found.bytes());
         let mut seen = self.seen.borrow_mut();
         let overlaps = |other: &&Seen| {

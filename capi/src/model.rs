@@ -19,7 +19,7 @@ use self::config::{Saved, of_file, pixmim_model_config, utf8};
 use crate::call::{self, Call, size};
 use crate::context::pixmim_context;
 use crate::status::{Failure, Outcome, PIXMIM_BUSY, PIXMIM_INTERNAL, guard, pixmim_status};
-use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
+use crate::tensor::{Described, expect_like, pixmim_tensor, pointee, pointee_mut};
 
 /// A masked autoencoder with its gradients, optimizer and memory. One thread uses it at a time: calls from two at once are
 /// refused with PIXMIM_BUSY. A call on another stream than the one before must be ordered after that by the caller, by an
@@ -241,8 +241,8 @@ pub unsafe extern "C" fn pixmim_model_step(
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, _, inner| {
-        if !(lr.is_finite() && lr >= 0.0) {
-            return Err(Failure::invalid("lr", format!("is {lr}; it is 0 or more")));
+        if !(0.0..=f64::from(f32::MAX)).contains(&lr) {
+            return Err(Failure::invalid("lr", format!("is {lr:?}; it is 0 or more, and finite")));
         }
         Ok(inner.trainer.enqueue_update(TensorRef::new(&[lr], &[1])?)?)
     })
@@ -257,7 +257,9 @@ pub unsafe extern "C" fn pixmim_model_step_with(
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, call, inner| {
-        Ok(inner.trainer.enqueue_update(call.copy_from("lr", lr)?)?)
+        let lr = call.copy_from("lr", lr)?;
+        expect_like("lr", lr.dtype(), lr.shape(), TensorRef::new(&[0f64], &[1])?)?;
+        Ok(inner.trainer.enqueue_update(lr)?)
     })
 }
 
@@ -281,24 +283,28 @@ pub unsafe extern "C" fn pixmim_model_outcome(
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, _, inner| {
-        let outcome = inner.trainer.outcome()?;
         // SAFETY: the header asks of the caller that it is NULL or leads to a number, which nobody else uses.
-        unsafe { tell("loss", loss, outcome.loss) }?;
+        let loss = unsafe { wanted("loss", loss) }?;
         // SAFETY: as above.
-        unsafe { tell("grad_norm", grad_norm, outcome.grad_norm) }?;
+        let grad_norm = unsafe { wanted("grad_norm", grad_norm) }?;
         // SAFETY: as above.
-        unsafe { tell("updated", updated, outcome.updated.into()) }
+        let updated = unsafe { wanted("updated", updated) }?;
+        let outcome = inner.trainer.outcome()?;
+        loss.into_iter().for_each(|loss| *loss = outcome.loss);
+        grad_norm.into_iter().for_each(|norm| *norm = outcome.grad_norm);
+        updated.into_iter().for_each(|updated| *updated = outcome.updated.into());
+        Ok(())
     })
 }
 
-/// Writes a number where it is wanted.
+/// Where something is to be written, unless it is not wanted.
 ///
 /// # Safety
-/// `out` is null, misaligned, or leads to a number, which nobody else uses.
-unsafe fn tell<T>(name: &str, out: *mut T, value: T) -> Outcome {
-    if !out.is_null() {
-        // SAFETY: promised by the caller.
-        *unsafe { pointee_mut(name, out) }? = value;
+/// `out` is null, misaligned, or leads to a `T`, which nobody else uses.
+unsafe fn wanted<'a, T>(name: &str, out: *mut T) -> Outcome<Option<&'a mut T>> {
+    if out.is_null() {
+        return Ok(None);
     }
-    Ok(())
+    // SAFETY: promised by the caller.
+    unsafe { pointee_mut(name, out) }.map(Some)
 }

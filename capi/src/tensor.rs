@@ -181,6 +181,24 @@ impl Described {
     }
 }
 
+/// Refuses a tensor of another dtype or shape than that which it is copied from or to.
+pub(crate) fn expect_like(
+    name: &str,
+    dtype: DType,
+    shape: &[usize],
+    like: TensorRef<'_>,
+) -> Outcome {
+    if dtype != like.dtype() {
+        let why = format!("`{name}` has dtype {dtype:?}, expected {:?}", like.dtype());
+        return Err(Failure::new(PIXMIM_DTYPE, why));
+    }
+    if shape != like.shape() {
+        let why = format!("`{name}` has shape {shape:?}, expected {:?}", like.shape());
+        return Err(Failure::new(PIXMIM_SHAPE, why));
+    }
+    Ok(())
+}
+
 /// Refuses a struct of another version of this header.
 pub(crate) fn expect_struct(name: &str, found: u32, expected: usize) -> Outcome {
     if found as usize == expected {

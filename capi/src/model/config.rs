@@ -8,7 +8,7 @@ use pixmim_core::train::checkpoint::{Checkpoint, TensorFile};
 use pixmim_core::train::config::{Auto, Config, Crop, Target};
 use pixmim_core::{DType, Device, Error};
 
-use crate::call::size;
+use crate::call::{flag, size};
 use crate::status::{Failure, Outcome, PIXMIM_CORRUPT, PIXMIM_DTYPE, guard, pixmim_status};
 use crate::tensor::{PIXMIM_F32, dtype, expect_struct, pointee, pointee_mut};
 
@@ -83,14 +83,6 @@ pub(super) unsafe fn utf8<'a>(name: &str, text: *const c_char) -> Outcome<&'a st
     text.to_str().map_err(|_| Failure::invalid(name, "is not UTF-8"))
 }
 
-/// A number that is a switch.
-fn flag(name: &str, value: i32) -> Outcome<bool> {
-    match value {
-        0 | 1 => Ok(value == 1),
-        _ => Err(Failure::invalid(name, format!("is {value}; it is 0 or 1"))),
-    }
-}
-
 impl pixmim_model_config {
     /// The config behind a pointer, of this version.
     ///
@@ -143,6 +135,10 @@ impl pixmim_model_config {
         config.optim.global_batch = config.optim.micro_batch.max(1);
         (config.optim.betas, config.optim.eps) = (self.betas, self.eps);
         (config.optim.weight_decay, config.optim.clip_grad) = (self.weight_decay, self.clip);
+        if !(0.0..=f64::from(f32::MAX)).contains(&self.clip) {
+            let why = format!("is {:?}; it is 0 for none, or more, and finite", self.clip);
+            return Err(Failure::invalid("clip", why));
+        }
         config.optim.decay_tokens = flag("decay_tokens", self.decay_tokens)?;
         config.runtime.seed = self.seed;
         Ok(config)

@@ -4,9 +4,9 @@ use std::ffi::{c_char, c_void};
 
 use pixmim_core::{TensorList, TensorRef};
 
-use super::{Model, pixmim_model, tell, with};
+use super::{Model, pixmim_model, wanted, with};
 use crate::status::{Failure, Outcome, guard, pixmim_status};
-use crate::tensor::{Described, pixmim_tensor, pointee, pointee_mut};
+use crate::tensor::{Described, expect_like, pixmim_tensor, pointee, pointee_mut};
 
 /// Of the state: a weight, f32 (f64 in a model of f64).
 pub const PIXMIM_WEIGHT: i32 = 0;
@@ -99,9 +99,12 @@ pub unsafe extern "C" fn pixmim_model_state_info(
         let model = unsafe { pointee("model", model) }?;
         let (text, tensor) = &model.weights[model.index(index)?];
         // SAFETY: the header asks of the caller that it is NULL or leads to a pointer, which nobody else uses.
-        unsafe { tell("name", name, text.as_ptr()) }?;
+        let name = unsafe { wanted("name", name) }?;
         // SAFETY: the header asks of the caller that it is NULL or leads to a tensor, which nobody else uses.
-        unsafe { tell("like", like, *tensor) }
+        let like = unsafe { wanted("like", like) }?;
+        name.into_iter().for_each(|name| *name = text.as_ptr());
+        like.into_iter().for_each(|like| *like = *tensor);
+        Ok(())
     })
 }
 
@@ -116,7 +119,9 @@ pub unsafe extern "C" fn pixmim_model_state_get(
 ) -> pixmim_status {
     with(model, stream, |model, call, inner| {
         let (index, out) = (model.index(index)?, call.copy_to("out", out)?);
-        Ok(call.dev.copy(out, inner.list(kind)?.view(index))?)
+        let from = inner.list(kind)?.view(index);
+        expect_like("out", out.dtype(), out.shape(), from)?;
+        Ok(call.dev.copy(out, from)?)
     })
 }
 
@@ -132,6 +137,7 @@ pub unsafe extern "C" fn pixmim_model_state_set(
 ) -> pixmim_status {
     with(model, stream, |model, call, inner| {
         let (index, inp) = (model.index(index)?, call.copy_from("inp", inp)?);
+        expect_like("inp", inp.dtype(), inp.shape(), inner.list(kind)?.view(index))?;
         if kind == PIXMIM_WEIGHT {
             return Ok(inner.trainer.mae.set_weight(call.dev, index, inp)?);
         }
@@ -211,7 +217,8 @@ pub unsafe extern "C" fn pixmim_model_output_get(
     stream: *mut c_void,
 ) -> pixmim_status {
     with(model, stream, |_, call, inner| {
-        let out = call.copy_to("out", out)?;
-        Ok(call.dev.copy(out, inner.output(which)?)?)
+        let (out, from) = (call.copy_to("out", out)?, inner.output(which)?);
+        expect_like("out", out.dtype(), out.shape(), from)?;
+        Ok(call.dev.copy(out, from)?)
     })
 }

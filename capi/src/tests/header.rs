@@ -14,13 +14,32 @@ pub(super) struct Param {
 
 /// The functions of the header that return a status; the others take nothing that could be wrong, or let it pass.
 pub(super) fn functions() -> Vec<Function> {
-    let code: String = include_str!("../../include/pixmim.h")
+    let code = code();
+    let declarations = code.split("pixmim_status pixmim_").skip(1);
+    declarations.map(|rest| declaration(rest.split(';').next().unwrap())).collect()
+}
+
+/// The fields of a struct of the header: type, name, how many.
+pub(super) fn fields(name: &str) -> Vec<(String, String, usize)> {
+    let code = code();
+    let (_, rest) = code.split_once(&format!("typedef struct {name} {{")).unwrap();
+    let (body, _) = rest.split_once('}').unwrap();
+    let declarations = body.split(';').map(str::trim).filter(|text| !text.is_empty());
+    let field = declarations.map(|text| {
+        let (kind, name) = text.rsplit_once(' ').unwrap();
+        let (name, count) = name.trim_end_matches(']').split_once('[').unwrap_or((name, "1"));
+        (kind.to_owned(), name.to_owned(), count.parse().unwrap())
+    });
+    field.collect()
+}
+
+/// The header without its comments, on one line.
+fn code() -> String {
+    include_str!("../../include/pixmim.h")
         .lines()
         .filter(|line| !line.trim_start().starts_with("//"))
         .flat_map(|line| [line.trim(), " "])
-        .collect();
-    let declarations = code.split("pixmim_status pixmim_").skip(1);
-    declarations.map(|rest| declaration(rest.split(';').next().unwrap())).collect()
+        .collect()
 }
 
 /// `op_forward(const struct pixmim_context *context, ..)`.

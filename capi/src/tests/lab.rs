@@ -1,14 +1,19 @@
 //! A device to call ops on, memory on it, and the arguments of a call.
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 
 use pixmim_core::cuda::SimtOptions;
 use pixmim_core::ops::low_freq_target::Filter;
 use pixmim_core::{DType, Device, Gpu, Tensor, TensorMut, TensorRef};
 
+use tempfile::TempDir;
+
 use super::call::Raw;
+use super::cases;
 use crate::context::{PIXMIM_CPU, pixmim_context, pixmim_context_options};
 use crate::mae::{pixmim_filter, pixmim_filter_create};
+use crate::model::pixmim_model;
+use crate::model::state::pixmim_model_state_info;
 use crate::status::PIXMIM_OK;
 use crate::tensor::{PIXMIM_MAX_DIMS, pixmim_tensor};
 
@@ -26,6 +31,12 @@ pub(super) struct Lab {
     pub(super) context: Box<pixmim_context>,
     filter: *mut pixmim_filter,
     pub(super) rust_filter: Filter,
+    pub(super) model: *mut pixmim_model,
+    /// Shape of its first weight.
+    pub(super) first_weight: Vec<usize>,
+    /// A file with its weights, but for f64, which no file has.
+    pub(super) weights: CString,
+    _folder: TempDir,
 }
 
 impl Lab {
@@ -56,7 +67,31 @@ impl Lab {
             unsafe { pixmim_filter_create(&raw const *context, size, RADIUS, &mut filter, stream) };
         assert_eq!(status, PIXMIM_OK);
         let rust_filter = Filter::new(&dev, SIDE, RADIUS).unwrap();
-        Self { dev, device, real, context, filter, rust_filter }
+        let folder = tempfile::tempdir().unwrap();
+        let weights = folder.path().join("weights.safetensors");
+        let weights = CString::new(weights.to_str().unwrap()).unwrap();
+        let model = cases::model::model(&context, real, &weights);
+        // SAFETY: zeros are a tensor of nothing; the model is alive.
+        let first = unsafe {
+            let mut first = std::mem::zeroed::<pixmim_tensor>();
+            let name = std::ptr::null_mut();
+            assert_eq!(pixmim_model_state_info(model, 0, name, &raw mut first), PIXMIM_OK);
+            first
+        };
+        let first_weight = first.shape[..first.ndim as usize].iter().map(|&n| n as usize).collect();
+        let _folder = folder;
+        Self {
+            dev,
+            device,
+            real,
+            context,
+            filter,
+            rust_filter,
+            model,
+            first_weight,
+            weights,
+            _folder,
+        }
     }
 
     pub(super) fn is_cpu(&self) -> bool {
@@ -89,8 +124,11 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // SAFETY: from `pixmim_filter_create`, and used no more.
-        unsafe { crate::mae::pixmim_filter_destroy(self.filter) };
+        // SAFETY: from their `create`, and used no more.
+        unsafe {
+            crate::mae::pixmim_filter_destroy(self.filter);
+            crate::model::pixmim_model_destroy(self.model);
+        }
     }
 }
 
@@ -113,6 +151,14 @@ impl Arg {
             Self::NoTensor | Self::Workspace(None) => Raw::Word(0),
             Self::Block(words) => Raw::address(words.as_ptr()),
             Self::Workspace(Some(memory)) => Raw::address(memory.tensor.data),
+        }
+    }
+
+    /// What lies behind it, bit by bit.
+    pub(super) fn content(&self, dev: &Device) -> Vec<u8> {
+        match self {
+            Self::Block(words) => words.iter().flat_map(|word| word.to_le_bytes()).collect(),
+            _ => self.memory().map(|memory| memory.bytes(dev)).unwrap_or_default(),
         }
     }
 

@@ -18,28 +18,18 @@ use crate::tensor::{PIXMIM_MAX_DIMS, pixmim_tensor};
 /// What is right although it looks wrong: function, argument, how it was spoilt (the start of it is enough), why it is right.
 /// A function ending in `*` is any that starts so.
 const RIGHT: &[[&str; 4]] = &[
-    [
-        "pixmim_*",
-        "stream",
-        "",
-        "on the CPU it is ignored, the executor has none, on a GPU the caller promises",
-    ],
+    ["pixmim_*", "stream", "", "the CPU and the executor have none, on a GPU the caller promises"],
     ["pixmim_*", "workspace", "null", "it asks for the size"],
-    [
-        "pixmim_*",
-        "workspace",
-        "misaligned",
-        "the size asked for holds on the CPU wherever it starts",
-    ],
+    ["pixmim_*", "workspace", "misaligned", "on the CPU it may start anywhere"],
     ["pixmim_*", "workspace_bytes", "0", "on the CPU some ops need none"],
     ["pixmim_*", "seed", "", "any number is a seed"],
     ["pixmim_*", "norm_pix", "0", "a flag"],
     ["pixmim_*", "exact", "0", "a flag"],
     ["pixmim_*", "scale", "-1", "a loss may be subtracted"],
+    ["pixmim_*", "scale", "0", "nothing is added, the gradient is 0"],
     ["pixmim_*", "weight_decay", "0", "none"],
     ["pixmim_*", "eps", "0", "as in PyTorch"],
     ["pixmim_*", "clip", "0", "never"],
-    ["pixmim_*", "scale", "0", "nothing is added, the gradient is 0"],
     ["pixmim_*", "beta1", "0", "no memory, as in PyTorch"],
     ["pixmim_*", "beta2", "0", "no memory, as in PyTorch"],
     ["pixmim_*", "mean", "another", "any colour"],
@@ -49,46 +39,32 @@ const RIGHT: &[[&str; 4]] = &[
     ["pixmim_linear_backward", "pre", "null", "there was no GELU"],
     ["pixmim_adamw_update", "copy", "null", "none is wanted"],
     ["pixmim_low_freq_target_forward", "pixels", "dtype 0", "a GPU takes bytes and f32"],
-    [
-        "pixmim_input_forward",
-        "patches",
-        "dtype 0",
-        "a GPU's `target` and `pixels` are the same for f32 and bf16",
-    ],
-    [
-        "pixmim_input_forward",
-        "patches",
-        "dtype 1",
-        "a GPU's `target` and `pixels` are the same for f32 and bf16",
-    ],
-    [
-        "pixmim_add_positions_backward",
-        "grad_fill",
-        "dtype 0",
-        "a GPU's gradient is f32 for f32 and bf16",
-    ],
-    [
-        "pixmim_add_positions_backward",
-        "grad_fill",
-        "dtype 1",
-        "a GPU's gradient is f32 for f32 and bf16",
-    ],
+    ["pixmim_input_forward", "patches", "dtype 0", "on a GPU nothing else says f32 or bf16"],
+    ["pixmim_input_forward", "patches", "dtype 1", "on a GPU nothing else says f32 or bf16"],
+    ["pixmim_add_positions_backward", "grad_fill", "dtype 0", "as above"],
+    ["pixmim_add_positions_backward", "grad_fill", "dtype 1", "as above"],
     ["pixmim_context_create", "options", "null", "zeros"],
-    ["pixmim_probe", "devices", "null", "its own test: with a capacity of 0"],
+    ["pixmim_context_create", "options", "0 for", "one thread for each core, or a flag"],
+    ["pixmim_context_create", "options", "1 for", "one thread, or a flag"],
     ["pixmim_probe", "capacity", "0", "only the number is asked for"],
-    ["pixmim_probe", "capacity", "2147483647", "its own test: more than there are devices"],
+    ["pixmim_probe", "capacity", "2147483647", "there are fewer devices"],
     ["pixmim_filter_create", "radius", "1e300", "keeps all frequencies"],
     ["pixmim_tensor_init", "data", "", "it is only noted; a call that uses the tensor judges it"],
-    [
-        "pixmim_tensor_init",
-        "device",
-        "2147483647",
-        "a GPU may have it; a context of another refuses the tensor",
-    ],
-    ["pixmim_tensor_init", "device", "0", "the first GPU"],
+    ["pixmim_tensor_init", "device", "2147483647", "only noted; a context is for another"],
     ["pixmim_tensor_init", "dtype", "0", "f32"],
     ["pixmim_tensor_init", "ndim", "0", "a single number"],
-    ["pixmim_context_create", "device", "0", "a GPU, where there is one"],
+    ["pixmim_model_*", "", "the other kind of device", "on a GPU it may be in the host's memory"],
+    ["pixmim_model_*", "config", "1 for", "a flag, or a share"],
+    ["pixmim_model_*", "config", "0 for", "none of it, or a flag"],
+    ["pixmim_model_*", "config", "9223372036854775807 for seed", "below 2^63"],
+    ["pixmim_model_*", "config", "-1 for radius", "MAE"],
+    ["pixmim_model_*", "index", "0", "the first"],
+    ["pixmim_model_*", "kind", "0", "weights"],
+    ["pixmim_model_*", "which", "0", "predictions"],
+    ["pixmim_model_step", "lr", "0", "the moments change"],
+    ["pixmim_model_updates_set", "updates", "", "a count"],
+    ["pixmim_model_outcome", "", "null", "it is not wanted"],
+    ["pixmim_model_state_info", "", "null", "it is not wanted"],
 ];
 
 struct Mutation {
@@ -96,13 +72,15 @@ struct Mutation {
     raw: Raw,
     /// Whether the sentence must name this very argument, not one that no longer fits to it.
     names_it: bool,
+    /// A field of the argument that it must name instead.
+    field: Option<String>,
     /// The memory behind `raw`.
     _kept: Box<dyn Any>,
 }
 
 impl Mutation {
     fn new(how: impl ToString, raw: Raw) -> Self {
-        Self { how: how.to_string(), raw, names_it: true, _kept: Box::new(()) }
+        Self { how: how.to_string(), raw, names_it: true, field: None, _kept: Box::new(()) }
     }
 
     /// Of a tensor's description.
@@ -134,16 +112,17 @@ fn mutations(lab: &Lab, case: &Case, param: &Param) -> Vec<Mutation> {
     }
     if param.kind.contains('*') {
         mutations.push(Mutation::new("null", Raw::Word(0)));
-        if arg.raw() != Raw::Word(0) {
+        // A byte lies anywhere.
+        if arg.raw() != Raw::Word(0) && param.kind != "const char *" {
             mutations.push(Mutation::new("misaligned", off(arg.raw())));
         }
     }
     match (param.kind.as_str(), arg) {
-        ("const pixmim_tensor *", Arg::Tensor(memory)) => {
+        (_, Arg::Tensor(memory)) => {
             mutations.extend(descriptions(lab, memory));
             mutations.extend(overlaps(case, memory));
         }
-        ("void *", Arg::Workspace(Some(own))) => {
+        (_, Arg::Workspace(Some(own))) => {
             let others = case.args.iter().filter_map(|(name, arg)| Some((name, arg.memory()?)));
             let others = others.filter(|(_, other)| !ptr::eq(*other, own));
             mutations.extend(others.map(|(name, other)| {
@@ -173,15 +152,22 @@ fn mutations(lab: &Lab, case: &Case, param: &Param) -> Vec<Mutation> {
         }
         ("int32_t", _) => {
             let values = [-7, 0, i32::MIN, i32::MAX];
+            // There may be a first GPU.
+            let values = values.into_iter().filter(|&x| x != 0 || param.name != "device");
             mutations.extend(values.map(|x| Mutation::new(x, Raw::Word(i64::from(x) as u64))));
         }
         ("uint64_t", _) => mutations.push(Mutation::new("huge", Raw::Word(u64::MAX))),
-        ("const pixmim_context_options *", Arg::Block(_)) => {
-            let spoilt =
-                [[1 << 32, 0], [24 | 1 << 32, 0], [16 | 1 << 60, 0], [16, 2], [16, 1 << 32]];
-            mutations.extend(
-                spoilt.map(|words| Mutation::words(format!("options {words:x?}"), words.to_vec())),
-            );
+        ("const pixmim_context_options *" | "const pixmim_model_config *", Arg::Block(words)) => {
+            // Loading reads it as creating does, and then finds that the file does not fit.
+            let most = if case.function == "pixmim_model_load" { 5 } else { usize::MAX };
+            mutations.extend(structs(param, words).take(most));
+        }
+        ("pixmim_model_config *", Arg::Block(words)) => {
+            mutations.extend(structs(param, words).take(5));
+        }
+        ("const char *", _) => {
+            let no_utf8 = u64::from_le_bytes(*b"/tmp\xFF\xFE\0\0");
+            mutations.push(Mutation::words("bytes that are no UTF-8", vec![no_utf8]));
         }
         ("pixmim_device_info *", Arg::Block(words)) => {
             let mut words = words.to_vec();
@@ -248,7 +234,7 @@ fn descriptions(lab: &Lab, memory: &Memory) -> Vec<Mutation> {
         let raw = Raw::address(&raw const *tensor);
         let kept = Box::new((tensor, roomy));
         let how = format!("dtype {dtype}");
-        mutations.push(Mutation { how, raw, names_it: false, _kept: kept });
+        mutations.push(Mutation { how, raw, names_it: false, field: None, _kept: kept });
     }
     if memory.is_written {
         // As many elements as may be: none of the others has them.
@@ -273,6 +259,43 @@ fn overlaps(case: &Case, memory: &Memory) -> Vec<Mutation> {
             Mutation::tensor(format!("overlaps {name}"), memory, |t| t.data = at)
         })
         .collect()
+}
+
+/// A struct with one field spoilt, which the sentence must name.
+fn structs(param: &Param, words: &[u64]) -> impl Iterator<Item = Mutation> {
+    let name = param.kind.trim_start_matches("const ").trim_end_matches(" *");
+    let (mut at, mut mutations) = (0, Vec::new());
+    for (kind, field, count) in header::fields(name) {
+        let (bytes, values): (_, Vec<(String, u64)>) = match kind.as_str() {
+            "double" => {
+                let values = [f64::NAN, f64::INFINITY, -1.0, 0.0, 1e300];
+                (8, values.map(|x| (shown(x), x.to_bits())).to_vec())
+            }
+            "int32_t" | "uint32_t" => {
+                let values = [-1, i32::MAX, i32::MIN, 0, 1];
+                (4, values.map(|x| (x.to_string(), u64::from(x.cast_unsigned()))).to_vec())
+            }
+            "int64_t" | "uint64_t" => {
+                let values = [-1, i64::MAX, i64::MIN, 0, 1];
+                (8, values.map(|x| (x.to_string(), x.cast_unsigned())).to_vec())
+            }
+            other => panic!("{name} has a field of {other}"),
+        };
+        for (value, bits) in values {
+            let mut words = words.to_vec();
+            let (word, shift) = (&mut words[at / 8], 8 * (at % 8));
+            *word = if bytes == 8 {
+                bits
+            } else {
+                *word & !(u64::from(u32::MAX) << shift) | bits << shift
+            };
+            let how = format!("{value} for {field}");
+            mutations.push(Mutation { field: Some(field.clone()), ..Mutation::words(how, words) });
+        }
+        at += bytes * count;
+    }
+    assert_eq!(at, 8 * words.len(), "{name}");
+    mutations.into_iter()
 }
 
 /// A `DLTensor` with one field spoilt.
@@ -308,7 +331,7 @@ fn dl_tensors(words: &[u64]) -> Vec<Mutation> {
 fn right(function: &str, arg: &str, how: &str) -> Option<usize> {
     RIGHT.iter().position(|[f, a, h, _]| {
         let of = f.strip_suffix('*').map_or(*f == function, |start| function.starts_with(start));
-        of && *a == arg && how.starts_with(h)
+        of && (a.is_empty() || *a == arg) && how.starts_with(h)
     })
 }
 
@@ -330,14 +353,13 @@ fn one_wrong_argument_is_a_status_and_a_sentence_that_names_it() {
                     else {
                         break;
                     };
-                    let Mutation { how, raw, names_it, .. } = &mutation;
+                    let Mutation { how, raw, names_it, field, .. } = &mutation;
                     let what = format!(
                         "{} on {} in {:?}: {} {how}",
                         of.name, lab.device, lab.real, param.name
                     );
                     let content = |case: &Case| -> Vec<_> {
-                        let memory = case.args.iter().filter_map(|(_, arg)| arg.memory());
-                        memory.map(|memory| memory.bytes(&lab.dev)).collect()
+                        case.args.iter().map(|(_, arg)| arg.content(&lab.dev)).collect()
                     };
                     let before = content(&case);
                     let mut args = case.raws();
@@ -361,11 +383,13 @@ fn one_wrong_argument_is_a_status_and_a_sentence_that_names_it() {
                     if status == PIXMIM_INTERNAL {
                         failures.push(format!("{what}: {sentence}"));
                     }
-                    // Too small a workspace is named as such.
-                    let own = param.name.strip_suffix("_bytes").unwrap_or(&param.name);
-                    let named = match names_it {
-                        true => names(&sentence, &param.name) || names(&sentence, own),
-                        false => of.params.iter().any(|param| names(&sentence, &param.name)),
+                    let named = match (names_it, field) {
+                        (false, _) => of.params.iter().any(|param| names(&sentence, &param.name)),
+                        (true, Some(field)) => names(&sentence, field),
+                        // Too small a workspace is named as such.
+                        (true, None) => [&param.name, param.name.trim_end_matches("_bytes")]
+                            .iter()
+                            .any(|name| names(&sentence, name)),
                     };
                     if !named {
                         failures.push(format!("{what}: does not name it: {sentence}"));

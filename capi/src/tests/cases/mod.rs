@@ -5,7 +5,7 @@ use std::ptr;
 use pixmim_core::{DType, Device, Result, TensorMut, TensorRef};
 
 use super::call::{Exported, Raw};
-use super::lab::{Arg, Lab, Memory, SIDE};
+use super::lab::{Arg, Lab, Memory, RADIUS, SIDE};
 use crate::context::*;
 use crate::mae::*;
 use crate::status::{PIXMIM_OK, pixmim_status};
@@ -113,6 +113,7 @@ macro_rules! case {
 }
 
 mod images;
+pub(super) mod model;
 mod optimizer;
 mod others;
 mod transformer;
@@ -173,6 +174,7 @@ pub(super) fn cases(lab: &Lab) -> Vec<Case> {
         images::images(lab),
         transformer::transformer(lab),
         optimizer::optimizer(lab),
+        model::models(lab),
     ];
     parts.into_iter().flatten().collect()
 }

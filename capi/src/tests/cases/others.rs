@@ -22,7 +22,8 @@ fn dl_tensor() -> Arg {
 pub(super) fn others(lab: &Lab) -> Vec<Case> {
     // `struct_size` and `threads`: 1; `struct_size`.
     let options = Arg::Block(Box::new([16 | 1 << 32, 0]));
-    let mut devices = vec![0; size_of::<pixmim_device_info>() / 8];
+    // Room for more devices than there are.
+    let mut devices = vec![0; 32 * size_of::<pixmim_device_info>() / 8];
     devices[0] = size_of::<pixmim_device_info>() as u64;
     vec![
         case!(pixmim_probe {
