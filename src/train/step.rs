@@ -80,6 +80,20 @@ impl<'a> Inputs<'a> {
     }
 }
 
+impl Settings {
+    /// Refuses sizes that leave the network or the loss nothing to work on; the ops judge the numbers.
+    fn check(&self, patches: usize) -> Result<()> {
+        if self.micro_batch == 0 {
+            return Err(Error::invalid("micro_batch", "is 0; a step has at least one image"));
+        }
+        if !(1..patches).contains(&self.kept) {
+            let why = format!("is {} of {patches} patches; keep and mask at least one", self.kept);
+            return Err(Error::invalid("kept", why));
+        }
+        Ok(())
+    }
+}
+
 /// What an update came to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
@@ -162,6 +176,7 @@ impl Trainer {
     /// GPU's memory, naming one that does; [`Error::OutOfMemory`].
     pub fn new(dev: Device, config: MaeConfig, dtype: DType, settings: Settings) -> Result<Self> {
         config.check()?;
+        settings.check(config.patches())?;
         let filter =
             settings.radius.map(|r| Filter::new(&dev, config.image_size, r)).transpose()?;
         let plan = Plan {

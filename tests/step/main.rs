@@ -315,3 +315,17 @@ fn a_micro_batch_that_does_not_fit_is_refused_with_one_that_does() {
     assert!(why.starts_with("`optim.micro_batch` is 64, which needs"), "{why}");
     assert!(why.ends_with("; 8 fits"), "{why}");
 }
+
+#[test]
+fn settings_that_leave_nothing_to_see_or_to_predict_are_refused() {
+    let refusal = |settings| {
+        let made = Trainer::new(Device::cpu(), NET, DType::F32, settings);
+        made.map(drop).unwrap_err().to_string()
+    };
+    for kept in [0, 16, 17, usize::MAX] {
+        let why = refusal(Settings { kept, ..settings() });
+        assert!(why.starts_with(&format!("`kept` is {kept} of 16 patches")), "{why}");
+    }
+    let why = refusal(Settings { micro_batch: 0, ..settings() });
+    assert!(why.starts_with("`micro_batch` is 0"), "{why}");
+}
