@@ -92,7 +92,8 @@ typedef struct pixmim_context pixmim_context;
 typedef struct pixmim_filter pixmim_filter;
 
 // A masked autoencoder with its gradients, optimizer and memory. One thread uses it at a time: calls from two at once are
-// refused with PIXMIM_BUSY.
+// refused with PIXMIM_BUSY. A call on another stream than the one before must be ordered after that by the caller, by an
+// event say.
 typedef struct pixmim_model pixmim_model;
 
 // 0, or why a call failed. The values never change; new ones may be added.
@@ -489,7 +490,7 @@ pixmim_status pixmim_model_save(const struct pixmim_model *model,
 // do, and epoch (1) i64. Each may be in the host's memory or the device's; from the host geometry is checked, on a GPU nobody
 // looks at it. From the device nothing waits, and a stream being captured captures it if a call before had as many bytes of
 // images; the graph is good until a call has more.
-pixmim_status pixmim_model_forward_loss(const struct pixmim_model *model,
+pixmim_status pixmim_model_forward_loss(struct pixmim_model *model,
                                         const struct pixmim_tensor *images,
                                         const struct pixmim_tensor *geometry,
                                         const struct pixmim_tensor *samples,
@@ -498,22 +499,22 @@ pixmim_status pixmim_model_forward_loss(const struct pixmim_model *model,
                                         void *stream);
 
 // Adds the gradient of the loss that pixmim_model_forward_loss, which must have come right before, has added.
-pixmim_status pixmim_model_backward(const struct pixmim_model *model, void *stream);
+pixmim_status pixmim_model_backward(struct pixmim_model *model, void *stream);
 
 // Updates the weights by the accumulated gradient, unless the loss, the gradient's norm or its square is not finite. The
 // gradient and the loss stay: pixmim_model_clear comes before the next step.
-pixmim_status pixmim_model_step(const struct pixmim_model *model,
+pixmim_status pixmim_model_step(struct pixmim_model *model,
                                 double lr,
                                 void *stream);
 
 // As pixmim_model_step, with the learning rate (1) f64 in the device's memory, or the host's: so that a captured step can
 // be replayed with another.
-pixmim_status pixmim_model_step_with(const struct pixmim_model *model,
+pixmim_status pixmim_model_step_with(struct pixmim_model *model,
                                      const struct pixmim_tensor *lr,
                                      void *stream);
 
 // Sets the gradients and the loss to zero: at the start of a step, or to give one up.
-pixmim_status pixmim_model_clear(const struct pixmim_model *model, void *stream);
+pixmim_status pixmim_model_clear(struct pixmim_model *model, void *stream);
 
 // Waits, and tells the mean loss since pixmim_model_clear, and of the last step the gradient's norm before clipping and
 // whether the weights changed (1 or 0). What is NULL is not wanted.
@@ -552,7 +553,7 @@ pixmim_status pixmim_model_state_get(const struct pixmim_model *model,
 
 // Replaces a tensor of the state by `inp`, of its dtype and shape, on the host or the device. A weight's rounded copy
 // follows.
-pixmim_status pixmim_model_state_set(const struct pixmim_model *model,
+pixmim_status pixmim_model_state_set(struct pixmim_model *model,
                                      int32_t kind,
                                      int64_t index,
                                      const struct pixmim_tensor *inp,
@@ -560,14 +561,14 @@ pixmim_status pixmim_model_state_set(const struct pixmim_model *model,
 
 // Lends all gradients as one vector in the model's memory, with zeros between them, until the model is destroyed: to sum
 // them over processes between pixmim_model_backward and pixmim_model_step, say.
-pixmim_status pixmim_model_grads(const struct pixmim_model *model,
+pixmim_status pixmim_model_grads(struct pixmim_model *model,
                                  struct pixmim_tensor *out);
 
 // Writes the number of updates done, which Adam's bias correction counts. Waits.
 pixmim_status pixmim_model_updates_get(const struct pixmim_model *model, int64_t *updates, void *stream);
 
 // Sets the number of updates done, 0 or more: to go on from a state that was kept elsewhere.
-pixmim_status pixmim_model_updates_set(const struct pixmim_model *model, int64_t updates, void *stream);
+pixmim_status pixmim_model_updates_set(struct pixmim_model *model, int64_t updates, void *stream);
 
 // Tells shape and dtype of PIXMIM_PRED and so on, as pixmim_model_state_info does.
 pixmim_status pixmim_model_output_info(const struct pixmim_model *model,
@@ -598,7 +599,7 @@ pixmim_status pixmim_tensor_init(struct pixmim_tensor *out,
                                  const int64_t *shape);
 
 // Fills in `*out` from a `DLTensor` of DLPack, which is only looked at: ownership stays where it is. A managed tensor, of
-// either kind, holds one as `dl_tensor`. CPU and CUDA memory (pinned memory is the CPU's).
+// either kind, holds one as `dl_tensor`. CPU and CUDA memory (pinned memory is the CPU's), row-major without gaps.
 pixmim_status pixmim_tensor_from_dlpack(struct pixmim_tensor *out,
                                         const void *dl_tensor);
 
