@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# The header this file was written for, capi/include/pixmim.h: PIXMIM_ABI_MAJOR and PIXMIM_ABI_MINOR.
+# PIXMIM_ABI_MAJOR of capi/include/pixmim.h, and the least PIXMIM_ABI_MINOR that has all that is called here.
 ABI = (1, 0)
 BUILD = "cargo build --release -p pixmim-capi"
 MAX_DIMS = 6
@@ -95,8 +95,8 @@ def load() -> ctypes.CDLL:
     major, minor = divmod(version(), 1 << 16)
     if major != ABI[0] or minor < ABI[1]:
         raise ImportError(
-            f"pixmim: {path} has ABI {major}.{minor}, but this package calls {ABI[0]}.{ABI[1]}; take both from one "
-            f"version of the repository, and build the library with `{BUILD}`"
+            f"pixmim: {path} has ABI {major}.{minor}, but this package calls {ABI[0]}.{ABI[1]} or a later {ABI[0]}.x; "
+            f"take both from one version of the repository, and build the library with `{BUILD}`"
         )
     return library
 

@@ -169,8 +169,8 @@ def patch_vit_mae(
 
     Takes a `ViTMAEForPreTraining` of Hugging Face's transformers, or a network laid out as MAE's own source: with
     `patch_embed`, `blocks` and `decoder_blocks` whose attention has `qkv` and `proj` (as timm's), `patchify`,
-    `random_masking(x, mask_ratio)`, `forward_loss(imgs, pred, mask)` and `norm_pix_loss`. Layer norms, attention, random
-    masking and the loss are taken over; names and shapes of parameters stay, so checkpoints fit both ways.
+    `random_masking(x, mask_ratio)`, `forward_loss(imgs, pred, mask)` and `norm_pix_loss`. Layer norms, attention,
+    random masking and the loss are taken over; names and shapes of parameters stay, so checkpoints fit both ways.
     `unpatch_vit_mae` undoes it.
 
     Modules that do what the kernels do not (masks, dropout inside attention, normalised queries) keep their own code.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts" / "peers"))
 
-import mae_step  # noqa: E402
-from mae_step import MEAN, STD, low_pass, low_pass_filter, patches, uniform  # noqa: E402, F401
+import mae_step
+from mae_step import MEAN, STD, low_pass, low_pass_filter, patches, uniform  # noqa: F401
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
