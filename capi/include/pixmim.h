@@ -599,7 +599,7 @@ pixmim_status pixmim_tensor_init(struct pixmim_tensor *out,
                                  const int64_t *shape);
 
 // Fills in `*out` from a `DLTensor` of DLPack, which is only looked at: ownership stays where it is. A managed tensor, of
-// either kind, holds one as `dl_tensor`. CPU and CUDA memory (pinned memory is the CPU's).
+// either kind, holds one as `dl_tensor`. CPU and CUDA memory (pinned memory is the CPU's), row-major without gaps.
 pixmim_status pixmim_tensor_from_dlpack(struct pixmim_tensor *out,
                                         const void *dl_tensor);
 

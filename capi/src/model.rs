@@ -13,13 +13,13 @@ use pixmim_core::model::params::Spec;
 use pixmim_core::train::config::Config;
 use pixmim_core::train::run::settings;
 use pixmim_core::train::step::{Inputs, Settings, Trainer};
-use pixmim_core::{Device, TensorRef};
+use pixmim_core::{DType, Device, TensorRef};
 
 use self::config::{Saved, of_file, pixmim_model_config, utf8};
 use crate::call::{self, Call, size};
 use crate::context::pixmim_context;
 use crate::status::{Failure, Outcome, PIXMIM_BUSY, PIXMIM_INTERNAL, guard, pixmim_status};
-use crate::tensor::{Described, expect_like, pixmim_tensor, pointee, pointee_mut};
+use crate::tensor::{Described, expect_dtype, expect_like, pixmim_tensor, pointee, pointee_mut};
 
 /// A masked autoencoder with its gradients, optimizer and memory. One thread uses it at a time: calls from two at once are
 /// refused with PIXMIM_BUSY. A call on another stream than the one before must be ordered after that by the caller, by an
@@ -219,6 +219,10 @@ pub unsafe extern "C" fn pixmim_model_forward_loss(
             samples: call.copy_from("samples", samples)?,
             epoch: call.copy_from("epoch", epoch)?,
         };
+        expect_dtype("images", batch.images.dtype(), DType::U8)?;
+        expect_dtype("geometry", batch.geometry.dtype(), DType::I64)?;
+        expect_dtype("samples", batch.samples.dtype(), DType::I64)?;
+        expect_dtype("epoch", batch.epoch.dtype(), DType::I64)?;
         Ok(inner.trainer.forward_loss(batch, size("micro_batches", micro_batches)?)?)
     })
 }

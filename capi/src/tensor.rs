@@ -181,6 +181,15 @@ impl Described {
     }
 }
 
+/// Refuses a tensor of another dtype than the function takes.
+pub(crate) fn expect_dtype(name: &str, found: DType, expected: DType) -> Outcome {
+    if found == expected {
+        return Ok(());
+    }
+    let why = format!("`{name}` has dtype {found:?}, expected {expected:?}");
+    Err(Failure::new(PIXMIM_DTYPE, why))
+}
+
 /// Refuses a tensor of another dtype or shape than that which it is copied from or to.
 pub(crate) fn expect_like(
     name: &str,
@@ -188,10 +197,7 @@ pub(crate) fn expect_like(
     shape: &[usize],
     like: TensorRef<'_>,
 ) -> Outcome {
-    if dtype != like.dtype() {
-        let why = format!("`{name}` has dtype {dtype:?}, expected {:?}", like.dtype());
-        return Err(Failure::new(PIXMIM_DTYPE, why));
-    }
+    expect_dtype(name, dtype, like.dtype())?;
     if shape != like.shape() {
         let why = format!("`{name}` has shape {shape:?}, expected {:?}", like.shape());
         return Err(Failure::new(PIXMIM_SHAPE, why));

@@ -69,6 +69,29 @@ static pixmim_tensor numbers(arena *arena, int64_t a, int64_t b, int64_t c) {
     free(workspace);                                           \
   } while (0)
 
+/* A step of a model of its own. */
+static void learn(const pixmim_context *ctx, arena *mem, const pixmim_tensor *images, const pixmim_tensor *geometry,
+                  const pixmim_tensor *samples, const pixmim_tensor *epoch) {
+  pixmim_model_config config;
+  config.struct_size = sizeof config;
+  OK(pixmim_model_config_preset("demo", &config));
+  config.image_size = SIDE, config.patch_size = PATCH, config.micro_batch = IMAGES, config.radius = 3;
+  config.dim = config.decoder_dim = DIM, config.heads = config.decoder_heads = HEADS;
+  config.depth = config.decoder_depth = 1;
+  pixmim_model *model = NULL;
+  OK(pixmim_model_create(ctx, &config, &model));
+  for (int i = 0; i < 2; i++) {
+    OK(pixmim_model_clear(model, NULL));
+    OK(pixmim_model_forward_loss(model, images, geometry, samples, epoch, 1, NULL));
+    OK(pixmim_model_backward(model, NULL));
+    OK(pixmim_model_step(model, 1e-3, NULL));
+  }
+  pixmim_tensor told = tensor(mem, PIXMIM_F64, 2, 0, 0);
+  double *numbers = told.data;
+  OK(pixmim_model_outcome(model, &numbers[0], &numbers[1], NULL, NULL));
+  pixmim_model_destroy(model);
+}
+
 /* Some of each kind of op: rows, products, images, ids, sums, an optimizer. */
 static void work(const pixmim_context *ctx, arena *mem) {
   const double mean[3] = {0.485, 0.456, 0.406}, std[3] = {0.229, 0.224, 0.225};
@@ -124,6 +147,8 @@ static void work(const pixmim_context *ctx, arena *mem) {
   pixmim_tensor param = numbers(mem, 3 * DIM * DIM, 0, 0), copy = tensor(mem, PIXMIM_BF16, 3 * DIM * DIM, 0, 0);
   pixmim_tensor first = tensor(mem, PIXMIM_F32, 3 * DIM * DIM, 0, 0), second = tensor(mem, PIXMIM_F32, 3 * DIM * DIM, 0, 0);
   OK(pixmim_adamw_update(ctx, &param, &copy, &first, &second, &grad, &coefficients, 0.9, 0.95, 1e-8, 0.05, NULL));
+
+  learn(ctx, mem, &images, &geometry, &samples, &epoch);
 
   /* What is refused leaves its sentence to this thread. */
   expect(pixmim_gelu_forward(ctx, &tokens, &qkv, NULL), PIXMIM_SHAPE, "another shape");
