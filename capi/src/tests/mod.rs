@@ -4,7 +4,6 @@
 //! `cases` has a valid call of each function. `equality` compares what it writes with what the op of the crate writes,
 //! `refusals` spoils one argument at a time, as the type says that the header gives it.
 
-
 mod call;
 mod cases;
 mod equality;
