@@ -1,4 +1,4 @@
-//! `examples/c/train.c`, built against an installed libpixmim as its users build it.
+//! `examples/c/train.c`, built against an installed libpixmim as its users build it; and the C that documents show.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -61,4 +61,23 @@ fn the_program_builds_as_c_and_as_cpp_against_both_libraries_and_trains() {
         let archive = build("static", &[vec![archive], flags(&prefix, "Libs.private")].concat());
         trains(&archive, folder.path());
     }
+}
+
+#[test]
+fn the_c_that_documents_show_compiles() {
+    let document = fs::read_to_string(root().join("docs/backend.md")).unwrap();
+    let code: Vec<_> =
+        document.split("```c\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(!code.is_empty(), "docs/backend.md shows no C");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shown.c");
+    fs::write(&file, format!("#include <stdlib.h>\n#define my_alloc malloc\n{}", code.concat()))
+        .unwrap();
+    let mut compile = tool("CC", "gcc");
+    compile
+        .args(["-std=c11", "-fsyntax-only"])
+        .args(WARNINGS)
+        .arg("-I")
+        .arg(root().join("capi/include"));
+    run(compile.arg(&file));
 }
