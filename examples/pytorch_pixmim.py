@@ -14,6 +14,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,14 +40,15 @@ def photos(size: int) -> torch.Tensor:
     return ((pixels - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
 
 
-def train(model: torch.nn.Module, images: torch.Tensor, steps: int, batch: int, device: str) -> tuple[list, list]:
-    """Losses and seconds of each step. Photos and masks depend on the step alone."""
+def train(
+    model: torch.nn.Module, images: torch.Tensor, steps: int, batch: int, device: str
+) -> Iterator[tuple[float, float]]:
+    """Takes a step each time it is asked: its loss and seconds. Photos and masks depend on the step's number alone."""
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.05)
     # Without it the first steps multiply rounding errors, and any two programs part.
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     patches = (model.config.image_size // model.config.patch_size) ** 2
-    losses, seconds = [], []
     for step in range(steps):
         draw = torch.Generator().manual_seed(step)
         chosen = torch.randperm(len(images), generator=draw)[:batch]
@@ -58,9 +60,7 @@ def train(model: torch.nn.Module, images: torch.Tensor, steps: int, batch: int, 
         optimizer.step()
         warm_up.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-    return losses, seconds
+        yield loss.item(), time.perf_counter() - start
 
 
 def main():
@@ -83,13 +83,16 @@ def main():
         "MAE, ours": pixmim.patch_vit_mae(copy.deepcopy(start), radius=None),
         "PixMIM, ours": pixmim.patch_vit_mae(copy.deepcopy(start)),
     }
-    print(f"{len(images)} photos of {args.size} x {args.size}, batches of {args.batch}, on {args.device}")
+    print(f"{len(images)} photos of {args.size} x {args.size}, batches of {args.batch}, on {args.device}", flush=True)
+    # A step of each in turn, so that whatever else the machine does slows all of them.
+    runs = [train(model, images, args.steps, args.batch, args.device) for model in networks.values()]
+    steps = zip(*zip(*runs, strict=True), strict=True)
     print(f"{'':<14}{'ms/step':>9}{'first loss':>12}{'last loss':>12}")
     losses = {}
-    for name, model in networks.items():
-        losses[name], seconds = train(model, images, args.steps, args.batch, args.device)
+    for name, results in zip(networks, steps, strict=True):
+        losses[name], seconds = zip(*results, strict=True)
         median = 1e3 * statistics.median(seconds)
-        print(f"{name:<14}{median:>9.1f}{losses[name][0]:>12.5f}{losses[name][-1]:>12.5f}", flush=True)
+        print(f"{name:<14}{median:>9.1f}{losses[name][0]:>12.5f}{losses[name][-1]:>12.5f}")
     pairs = zip(losses["MAE, PyTorch"], losses["MAE, ours"], strict=True)
     apart = max(abs(ours / theirs - 1) for theirs, ours in pairs)
     print(f"losses of MAE, ours and PyTorch's: at most {100 * apart:.4f} % apart in {args.steps} steps")
