@@ -125,3 +125,29 @@ pub extern "C" fn pixmim_status_name(status: pixmim_status) -> *const c_char {
     };
     name.as_ptr()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::call;
+    use crate::context::{PIXMIM_CPU, pixmim_context, pixmim_context_options};
+
+    #[test]
+    fn a_panic_in_the_threads_of_a_context_is_a_status_and_a_sentence() {
+        let struct_size = size_of::<pixmim_context_options>() as u32;
+        let options =
+            pixmim_context_options { struct_size, threads: 2, bf16_products: 0, reserved: 0 };
+        let Ok(context) = pixmim_context::new(PIXMIM_CPU, options) else { panic!("the CPU") };
+        let said = || {
+            // SAFETY: it is ended by a zero byte and lives until this thread's next failing call.
+            unsafe { CStr::from_ptr(pixmim_last_error()) }.to_str().unwrap().to_owned()
+        };
+        let status = call(&context, std::ptr::null_mut(), |_| panic!("planted in call {}", 7));
+        assert_eq!(status, PIXMIM_INTERNAL);
+        assert_eq!(said(), "a defect of pixmim, please report it: planted in call 7");
+        // The context is as good as before.
+        assert_eq!(call(&context, std::ptr::null_mut(), |_| Ok(())), PIXMIM_OK);
+        let refused = call(&context, std::ptr::null_mut(), |_| Err(Failure::invalid("x", "is 1")));
+        assert_eq!((refused, said()), (PIXMIM_INVALID, "`x` is 1".into()));
+    }
+}
