@@ -9,10 +9,34 @@ use pixmim_core::ops::{
     add_positions, gather_tokens, masked_mse_loss, patch_embed, restore_tokens,
 };
 
-use crate::call::{call, flag, size, three};
+use crate::call::{Call, call, flag, size, three};
 use crate::context::pixmim_context;
-use crate::status::{Failure, pixmim_status};
+use crate::status::{Failure, Outcome, pixmim_status};
 use crate::tensor::{pixmim_tensor, pointee, pointee_mut};
+
+/// Masks by `noise`, which is read last, as outputs come before inputs.
+fn mask<'a>(
+    call: &Call<'_>,
+    [ids_keep, ids_masked, ids_restore]: [*const pixmim_tensor; 3],
+    block: i64,
+    (workspace, workspace_bytes): (*mut c_void, *mut usize),
+    noise: impl FnOnce() -> Outcome<Noise<'a>>,
+) -> Outcome {
+    let all = call.describe("ids_restore", ids_restore)?;
+    let needed = random_masking::workspace_bytes(call.dev, all.dim(0), all.dim(1));
+    let Some(workspace) = call.workspace(workspace, workspace_bytes, needed)? else {
+        return Ok(());
+    };
+    let args = random_masking::Forward {
+        ids_keep: call.write("ids_keep", ids_keep)?,
+        ids_masked: call.write("ids_masked", ids_masked)?,
+        ids_restore: call.write("ids_restore", ids_restore)?,
+        noise: noise()?,
+        block: size("block", block)?,
+        workspace,
+    };
+    Ok(random_masking::forward(call.dev, args)?)
+}
 
 /// Draws which patches are kept, by a random order of each image's patches, or of squares of `block` x `block` patches.
 ///
@@ -33,24 +57,14 @@ pub unsafe extern "C" fn pixmim_random_masking_forward(
     stream: *mut c_void,
 ) -> pixmim_status {
     call(context, stream, |call| {
-        let all = call.describe("ids_restore", ids_restore)?;
-        let needed = random_masking::workspace_bytes(call.dev, all.dim(0), all.dim(1));
-        let Some(workspace) = call.workspace(workspace, workspace_bytes, needed)? else {
-            return Ok(());
-        };
-        let args = random_masking::Forward {
-            ids_keep: call.write("ids_keep", ids_keep)?,
-            ids_masked: call.write("ids_masked", ids_masked)?,
-            ids_restore: call.write("ids_restore", ids_restore)?,
-            noise: Noise::Drawn {
+        let (ids, workspace) = ([ids_keep, ids_masked, ids_restore], (workspace, workspace_bytes));
+        mask(call, ids, block, workspace, || {
+            Ok(Noise::Drawn {
                 seed,
                 epoch: call.read("epoch", epoch)?,
                 samples: call.read("samples", samples)?,
-            },
-            block: size("block", block)?,
-            workspace,
-        };
-        Ok(random_masking::forward(call.dev, args)?)
+            })
+        })
     })
 }
 
@@ -70,20 +84,8 @@ pub unsafe extern "C" fn pixmim_random_masking_from_noise(
     stream: *mut c_void,
 ) -> pixmim_status {
     call(context, stream, |call| {
-        let all = call.describe("ids_restore", ids_restore)?;
-        let needed = random_masking::workspace_bytes(call.dev, all.dim(0), all.dim(1));
-        let Some(workspace) = call.workspace(workspace, workspace_bytes, needed)? else {
-            return Ok(());
-        };
-        let args = random_masking::Forward {
-            ids_keep: call.write("ids_keep", ids_keep)?,
-            ids_masked: call.write("ids_masked", ids_masked)?,
-            ids_restore: call.write("ids_restore", ids_restore)?,
-            noise: Noise::Given(call.read("noise", noise)?),
-            block: size("block", block)?,
-            workspace,
-        };
-        Ok(random_masking::forward(call.dev, args)?)
+        let (ids, workspace) = ([ids_keep, ids_masked, ids_restore], (workspace, workspace_bytes));
+        mask(call, ids, block, workspace, || Ok(Noise::Given(call.read("noise", noise)?)))
     })
 }
 
