@@ -120,9 +120,9 @@ impl Cifar {
 
     pub(super) fn read(&self, sample: usize) -> Image {
         let planes = &self.records[sample * RECORD + 1..][..3 * PLANE];
-        let pixels = (0..PLANE)
+        let pixels: Vec<u8> = (0..PLANE)
             .flat_map(|i| [planes[i], planes[PLANE + i], planes[2 * PLANE + i]])
             .collect();
-        Image { height: SIDE, width: SIDE, pixels }
+        Image { height: SIDE, width: SIDE, pixels: pixels.into() }
     }
 }

@@ -174,7 +174,7 @@ fn jpeg(bytes: &[u8], options: &Options) -> Result<Decoded, DecodeError> {
     let mut pixels = vec![0; 3 * width * height];
     decoder.decode_into(&mut pixels).map_err(failed)?;
     let exif = if options.exif_orientation { decoder.exif().cloned() } else { None };
-    Ok((Image { height, width, pixels }, exif))
+    Ok((Image { height, width, pixels: pixels.into() }, exif))
 }
 
 /// Whether an end-of-image marker follows the first scan. Pillow refuses files without one; the decoder alone would not
@@ -231,7 +231,7 @@ fn png(bytes: &[u8], options: &Options) -> Result<Decoded, DecodeError> {
     } else {
         None
     };
-    Ok((Image { height, width, pixels }, exif))
+    Ok((Image { height, width, pixels: pixels.into() }, exif))
 }
 
 fn webp(bytes: &[u8], options: &Options) -> Result<Decoded, DecodeError> {
@@ -261,7 +261,7 @@ fn webp(bytes: &[u8], options: &Options) -> Result<Decoded, DecodeError> {
     if channels == 4 {
         pixels = drop_alpha(&pixels);
     }
-    Ok((Image { height, width, pixels }, exif))
+    Ok((Image { height, width, pixels: pixels.into() }, exif))
 }
 
 fn drop_alpha(pixels: &[u8]) -> Vec<u8> {
@@ -329,5 +329,5 @@ fn turned(image: &Image, orientation: u8) -> Image {
             pixels.extend_from_slice(&image.pixels[start..start + 3]);
         }
     }
-    Image { height, width, pixels }
+    Image { height, width, pixels: pixels.into() }
 }

@@ -8,15 +8,17 @@ pub mod loader;
 pub mod resize;
 pub mod source;
 
-/// An RGB image of bytes, row-major, `(height, width, 3)`.
+use bytes::Bytes;
+
+/// An RGB image of bytes, row-major, `(height, width, 3)`. A clone shares the pixels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
     /// Rows.
     pub height: usize,
     /// Columns.
     pub width: usize,
-    /// `height * width * 3` bytes.
-    pub pixels: Vec<u8>,
+    /// `height * width * 3` bytes, in memory of its own or in a mapped file.
+    pub pixels: Bytes,
 }
 
 /// Mean of the colours of ImageNet's training images, RGB on [0, 1]: what MAE and PixMIM normalise with.

@@ -73,7 +73,7 @@ impl pulp::NullaryFnOnce for Resize<'_> {
         let Self { image, rect, height, width, interpolation } = self;
         let squeezed = horizontal(image, rect, width, interpolation);
         let pixels = vertical(&squeezed, rect.height, (height, width), interpolation);
-        Image { height, width, pixels }
+        Image { height, width, pixels: pixels.into() }
     }
 }
 

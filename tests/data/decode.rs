@@ -21,7 +21,7 @@ fn decoded(name: &str) -> Image {
 }
 
 fn expected(name: &str) -> Image {
-    Image { height: HEIGHT, width: WIDTH, pixels: fixture(&format!("{name}.rgb")) }
+    Image { height: HEIGHT, width: WIDTH, pixels: fixture(&format!("{name}.rgb")).into() }
 }
 
 #[test]

@@ -95,11 +95,12 @@ fn the_same_size_is_the_same_image() {
 #[test]
 fn pixels_outside_the_rectangle_do_not_bleed_in() {
     let inner = mixed(0, 11, 14);
-    let mut outer = Image { height: 17, width: 23, pixels: vec![255; 17 * 23 * 3] };
+    let mut outer = vec![255; 17 * 23 * 3];
     for (y, row) in inner.pixels.chunks(14 * 3).enumerate() {
         let start = ((y + 2) * 23 + 5) * 3;
-        outer.pixels[start..start + 14 * 3].copy_from_slice(row);
+        outer[start..start + 14 * 3].copy_from_slice(row);
     }
+    let outer = Image { height: 17, width: 23, pixels: outer.into() };
     let rect = Rect { top: 2, left: 5, height: 11, width: 14 };
     for size in [(7, 7), (30, 29), (11, 5), (4, 14)] {
         assert_eq!(

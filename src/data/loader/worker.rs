@@ -65,7 +65,7 @@ pub(super) struct Open {
 #[derive(Debug)]
 struct Slot {
     /// `None` if all that was tried was bad.
-    image: Option<(usize, Arc<Image>, Geometry)>,
+    image: Option<(usize, Image, Geometry)>,
     /// Samples tried before, all bad.
     bad: Vec<usize>,
 }
@@ -74,7 +74,7 @@ struct Slot {
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) bad: HashMap<usize, BadImage>,
-    resized: HashMap<usize, Arc<Image>>,
+    resized: HashMap<usize, Image>,
     resized_bytes: usize,
 }
 
@@ -205,7 +205,7 @@ impl Shared {
     }
 
     /// Reads and crops a sample.
-    fn make(&self, sample: usize, epoch: u32) -> Result<(Arc<Image>, Geometry), KnownBad> {
+    fn make(&self, sample: usize, epoch: u32) -> Result<(Image, Geometry), KnownBad> {
         let LoaderConfig { image_size: size, padding, crop_scale, interpolation, flip, .. } =
             self.config;
         let choices = augment::choices(self.config.seed, epoch, sample);
@@ -224,28 +224,27 @@ impl Shared {
                     augment::random_resized_crop(&choices, extent, crop_scale, flip);
                 let square = resize(&image, rect, (size, size), interpolation);
                 let geometry = Geometry { flip: mirrored.into(), ..augment::whole(&square) };
-                Ok((Arc::new(square), geometry))
+                Ok((square, geometry))
             }
         }
     }
 
     /// A sample with its short side resized to that of the crop.
-    fn resized(&self, sample: usize) -> Result<Arc<Image>, KnownBad> {
+    fn resized(&self, sample: usize) -> Result<Image, KnownBad> {
         if let Some(image) = self.known().resized.get(&sample) {
-            return Ok(Arc::clone(image));
+            return Ok(image.clone());
         }
         let mut image = self.read(sample)?;
         let target = short_side(image.height, image.width, self.config.image_size);
         if target != (image.height, image.width) {
             image = resize(&image, Rect::whole(&image), target, self.config.interpolation);
         }
-        let image = Arc::new(image);
         let mut known = self.known();
         let bytes = known.resized_bytes + image.pixels.len();
         if bytes <= self.cache_bytes
             && let Entry::Vacant(entry) = known.resized.entry(sample)
         {
-            entry.insert(Arc::clone(&image));
+            entry.insert(image.clone());
             known.resized_bytes = bytes;
         }
         Ok(image)
