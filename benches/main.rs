@@ -147,7 +147,7 @@ impl Bench {
         make: impl FnOnce(&Inputs<'_>) -> R,
     ) {
         let precision = case.precision.unwrap_or(self.precision);
-        let (dev, dtype) = precision.on(&self.dev);
+        let (dev, _) = precision.on(&self.dev);
         let direction = match case.precision {
             Some(precision) => format!("{} {}", case.direction, name(precision)),
             None => case.direction.to_owned(),
@@ -158,7 +158,7 @@ impl Bench {
             _ => Throughput::ElementsAndBytes { elements: flops, bytes },
         };
         let noise = std::mem::take(&mut self.noise);
-        let inputs = Inputs { dev: &dev, dtype, noise: &noise };
+        let inputs = Inputs { dev: &dev, noise: &noise };
         let (mut make, mut run) = (Some(make), None);
         let took = self.measure([case.op, &direction, case.shape], Some(work), |b| {
             // Made at the first use: criterion calls this for every sample.
