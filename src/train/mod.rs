@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod pictures;
 mod plan;
 pub mod report;
+mod resample;
 pub mod run;
 pub mod schedule;
 pub mod signal;
