@@ -11,6 +11,7 @@ pub mod peaks;
 pub mod pictures;
 mod plan;
 pub mod report;
+mod resample;
 pub mod run;
 pub mod schedule;
 pub mod signal;

@@ -2,10 +2,12 @@
 
 use super::feed::{Feed, Work};
 use super::plan::Plan;
+use super::resample::Resampled;
 use crate::TensorList;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
+use crate::ops::resize::{self, Interpolation};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
 use crate::{Arena, DType, Device, Error, Result, Tensor, TensorRef};
 
@@ -22,6 +24,9 @@ pub struct Settings {
     pub kept: usize,
     /// Side of the blocks of patches that are masked together.
     pub mask_block: usize,
+    /// How the step resamples images to crops before it reads them: each is then a rectangle as [`resize`] takes it. None:
+    /// crops are cut from the images as they are.
+    pub resize: Option<Interpolation>,
     /// Mean of the colours, RGB on [0, 1].
     pub mean: [f64; 3],
     /// Standard deviation of the colours.
@@ -42,7 +47,7 @@ pub struct Settings {
     pub record: bool,
 }
 
-/// The images of one micro-batch, as [`input`] reads them.
+/// The images of one micro-batch, as [`input`] reads them, or [`resize`] if the settings say so.
 #[derive(Clone, Copy, Debug)]
 pub struct MicroBatch<'a> {
     /// Bytes of all images.
@@ -60,7 +65,8 @@ pub struct MicroBatch<'a> {
 pub struct Inputs<'a> {
     /// `(bytes)` u8: the images, one after another.
     pub images: TensorRef<'a>,
-    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks.
+    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks, or
+    /// [`resize::check_geometry`] if images are resampled.
     pub geometry: TensorRef<'a>,
     /// `(B)` i64: decides each image's mask, with seed and epoch.
     pub samples: TensorRef<'a>,
@@ -123,6 +129,7 @@ pub struct Trainer {
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
+    resampled: Option<Resampled>,
     /// Pixels of the whole crops, and the filter over them, if the target is filtered.
     filtered: Option<(Tensor, Filter)>,
     pixel_dtype: DType,
@@ -188,7 +195,7 @@ impl Trainer {
         };
         plan.expect_room()?;
         let (images, memory_bytes) = (settings.micro_batch, plan.bytes(settings.micro_batch));
-        let ((acts, target, pixels), _) =
+        let ((acts, target, pixels, resampled), _) =
             Arena::build(&dev, "activations", |arena| plan.activations(arena, images))?;
         let ((scratch, scalars, workspace), _) =
             Arena::build(&dev, "workspace", |arena| plan.workspace(arena, images))?;
@@ -208,6 +215,7 @@ impl Trainer {
             acts,
             scratch,
             target,
+            resampled,
             filtered: pixels.zip(filter),
             pixel_dtype,
             exact,
@@ -223,6 +231,9 @@ impl Trainer {
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        if let Some(resampled) = &mut trainer.resampled {
+            resampled.place(&trainer.dev)?;
+        }
         // What there is to tell before the first update.
         let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
         trainer.dev.clear(norm.view_mut())?;
@@ -311,8 +322,11 @@ impl Trainer {
             self.enqueue_forward(batch, micro_batches)?;
         } else {
             let mut feed = self.take_feed(batch, micro_batches)?;
-            let side = self.mae.config().image_size;
-            let done = feed.fill(&self.dev, batch, side).and_then(|()| {
+            let judge = |rows: &[input::Geometry], bytes| match self.resampled {
+                Some(_) => resize::check_geometry(rows, bytes),
+                None => input::check_geometry(rows, bytes, self.mae.config().image_size),
+            };
+            let done = feed.fill(&self.dev, batch, judge).and_then(|()| {
                 let enqueue = |step: &mut Self| step.enqueue_forward(feed.inputs(), micro_batches);
                 self.run(|step| &mut step.forward_work, enqueue)
             });
@@ -374,6 +388,11 @@ impl Trainer {
                 workspace: workspace.view_mut(),
             },
         )?;
+        // Rectangles to crops.
+        let (images, geometry) = match &mut self.resampled {
+            Some(resampled) => resampled.forward(dev, inputs.images, inputs.geometry)?,
+            None => (inputs.images, inputs.geometry),
+        };
         // Bytes to patches, and to what the loss will compare with.
         input::forward(
             dev,
@@ -386,8 +405,8 @@ impl Trainer {
                         ids_masked: acts.ids_predicted.view(),
                     },
                 },
-                images: inputs.images,
-                geometry: inputs.geometry,
+                images,
+                geometry,
                 ids_keep: acts.ids_keep.view(),
                 mean: settings.mean,
                 std: settings.std,

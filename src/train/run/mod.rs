@@ -233,6 +233,7 @@ pub fn settings(config: &Config, resolved: &Resolved) -> Settings {
         norm_pix: config.method.norm_pix,
         kept: config.kept_patches(),
         mask_block: config.method.mask_block,
+        resize: None,
         mean: config.data.mean,
         std: config.data.std,
         betas: config.optim.betas,
