@@ -1,6 +1,7 @@
 //! Where an op runs, and where its tensors are.
 
 use std::borrow::Cow;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -202,6 +203,20 @@ impl Device {
             Self::Cpu(_) => dst.copy_host(src),
         }
         Ok(())
+    }
+
+    /// How long work takes: by a GPU's own clock, as [`Gpu::time`] says, or wall time on the CPU.
+    ///
+    /// # Errors
+    /// As [`Gpu::time`].
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        match self {
+            Self::Cuda(gpu) => gpu.time(work),
+            Self::Cpu(_) => {
+                let start = Instant::now();
+                work().map(|()| start.elapsed())
+            }
+        }
     }
 
     /// Sets every byte to zero, which is the number 0 in every dtype.

@@ -33,6 +33,8 @@ pub struct Properties {
     pub shared_bytes: u32,
     /// Memory in all, in bytes.
     pub memory_bytes: u64,
+    /// Whether it is the host executor, whose times mean nothing.
+    pub executor: bool,
 }
 
 /// One launch: a grid of blocks in one dimension.

@@ -101,6 +101,7 @@ impl Nvidia {
             multiprocessors: gpu.multiprocessors,
             shared_bytes: gpu.shared_bytes,
             memory_bytes: gpu.memory_bytes,
+            executor: false,
         };
         let kernels = Kernels::load(fatbins, &gpu.name)?;
         let plans = Plans::new(gpu, found)?;

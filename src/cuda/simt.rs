@@ -118,6 +118,7 @@ impl Simt {
             // That of an H200.
             shared_bytes: 232_448,
             memory_bytes: options.memory_bytes,
+            executor: true,
         };
         let SimtOptions { seed, threads, checks, .. } = options;
         let options = LaunchOptions { seed, threads, checks };

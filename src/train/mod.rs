@@ -7,6 +7,7 @@ mod feed;
 mod files;
 mod font;
 pub mod metrics;
+pub mod peaks;
 pub mod pictures;
 mod plan;
 pub mod report;
