@@ -19,6 +19,7 @@ Examples:
   pretrain_vit                                           the demo: bundled photos, 1 to 2 minutes
   pretrain_vit --preset tiny --data cifar-10-batches-bin
   pretrain_vit --preset base --data ~/photos --dry-run   images/s, memory and time; writes nothing
+  pretrain_vit --preset base --data ~/photos --dry-run --profile   and where the time of a step goes
   pretrain_vit --method mae --steps 2000 --set optim.lr=5e-4
   pretrain_vit --resume                                  goes on with the newest run under runs/
   pretrain_vit doctor                                    what was found here, and what to do next
@@ -99,6 +100,10 @@ pub(crate) struct Train {
     /// Measure some steps; tell speed, memory and the time it would take; write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Before the first step, tell where the time of a step goes: each op's share, rates and calls. Written to the run's
+    /// profile/, and shown in its report; with --dry-run only told. The run itself stays the same, bit for bit.
+    #[arg(long)]
+    profile: bool,
     /// Replace the run that --out holds.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
@@ -166,6 +171,7 @@ impl Train {
             resume,
             overwrite: self.overwrite,
             dry_run: self.dry_run,
+            profile: self.profile,
             title: format!("{name}, {}", config.method_name()),
             command: words.join(" "),
         };

@@ -20,6 +20,7 @@ pub mod step;
 mod svg;
 pub mod tensorboard;
 pub mod timeline;
+pub mod timing;
 
 /// One logged step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]

@@ -9,6 +9,7 @@ use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
 use crate::ops::resize::{self, Interpolation};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
+use crate::profile::{self, stage};
 use crate::{Arena, DType, Device, Error, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
@@ -253,6 +254,11 @@ impl Trainer {
         &self.dev
     }
 
+    /// Whether, on a GPU, a step's work is recorded once and then run again as a whole.
+    pub(super) fn records(&self) -> bool {
+        self.settings.record
+    }
+
     /// What the last forward pass left: masks and prediction among it.
     #[must_use]
     pub fn activations(&self) -> &Activations {
@@ -318,6 +324,7 @@ impl Trainer {
             return Err(Error::invalid("micro_batches", "is 0; a step has at least one"));
         }
         self.forwarded = false;
+        let _forward = stage("forward", None);
         if let Device::Cpu(_) = self.dev {
             self.enqueue_forward(batch, micro_batches)?;
         } else {
@@ -355,13 +362,16 @@ impl Trainer {
         Feed::new(&self.home, self.settings.micro_batch, bytes)
     }
 
-    /// Does a piece of a step: on a GPU as recorded work, if the settings say so.
+    /// Does a piece of a step: on a GPU as recorded work, if the settings say so and nobody asks what its ops take.
     fn run(
         &mut self,
         work: impl Fn(&mut Self) -> &mut Work,
         enqueue: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let Device::Cuda(gpu) = self.dev.clone() else { return enqueue(self) };
+        let gpu = match self.dev.clone() {
+            Device::Cuda(gpu) if !profile::is_collecting() => gpu,
+            _ => return enqueue(self),
+        };
         let (mut taken, record) = (std::mem::take(work(self)), self.settings.record);
         let done = taken.run(&gpu, record, || enqueue(self));
         *work(self) = taken;
@@ -372,6 +382,7 @@ impl Trainer {
     fn enqueue_forward(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
         let Self { dev, settings, acts, scratch, scalars, workspace, .. } = self;
         let patch_size = self.mae.config().patch_size;
+        let input_stage = stage("input", None);
         // Which patches the encoder sees.
         random_masking::forward(
             dev,
@@ -430,6 +441,7 @@ impl Trainer {
                 },
             )?;
         }
+        drop(input_stage);
         self.mae.forward(dev, acts, workspace)?;
         masked_mse_loss::forward_backward(
             dev,
@@ -454,6 +466,7 @@ impl Trainer {
             let why = "finds no activations; each is for one forward_loss, which comes before it";
             return Err(Error::invalid("backward", why));
         }
+        let _backward = stage("backward", None);
         self.run(
             |step| &mut step.backward_work,
             |Self { dev, mae, acts, grads, scratch, workspace, .. }| {
@@ -477,6 +490,7 @@ impl Trainer {
     /// # Errors
     /// Those of the ops.
     pub fn enqueue_update(&mut self, lr: TensorRef<'_>) -> Result<()> {
+        let _update = stage("update", None);
         self.dev.copy(self.scalars.lr.view_mut(), lr)?;
         self.run(|step| &mut step.update_work, Self::enqueue_adamw)
     }
