@@ -20,8 +20,10 @@ use crate::progress::say;
 const IMAGES: usize = 256;
 /// Passes over them, of which the median counts.
 const PASSES: usize = 5;
+/// What a stage is called that decodes nothing.
+const READ: &str = "read";
 /// The loader is timed for about so long.
-const LOADER_TIME: Duration = Duration::from_secs(3);
+const LOADER_TIME: Duration = Duration::from_secs(2);
 
 /// Times the stages, prints them, and says what to do about the slowest.
 pub(crate) fn measure(config: &Config) -> Result<()> {
@@ -31,40 +33,90 @@ pub(crate) fn measure(config: &Config) -> Result<()> {
     let samples: Vec<usize> = order.iter().take(IMAGES).map(|&sample| sample as usize).collect();
     say(&format!("data      {} images: {}", source.len(), source.path().display()));
 
-    let mut images = Vec::new();
+    let (mut images, mut bad) = (Vec::new(), Vec::new());
     let first = per_image(samples.len(), || {
-        images = samples.iter().filter_map(|&sample| source.read(sample).ok()).collect();
+        for &sample in &samples {
+            match source.read(sample) {
+                Ok(image) => images.push(image),
+                Err(why) => bad.push(why),
+            }
+        }
     });
-    if images.is_empty() {
-        let name = source.name(samples[0]);
-        let why = format!("cannot be read, nor can {} others; see data.path", samples.len() - 1);
-        return Err(pixmim::Error::data(name, why));
-    }
-    if images.len() < samples.len() {
-        say(&format!("bad       {} of {} images", samples.len() - images.len(), samples.len()));
+    if let Some(one) = bad.first() {
+        let which = format!("{}: {}", one.name, one.reason);
+        if images.is_empty() {
+            let why = format!("none of {} images can be read, such as {which}", samples.len());
+            return Err(pixmim::Error::data(source.path(), why));
+        }
+        say(&format!("bad       {} of {} images, such as {which}", bad.len(), samples.len()));
     }
     let sides = images.iter().map(|image| image.height * image.width);
     let pixels = sides.sum::<usize>() as f64 / images.len() as f64;
     say(&format!("pixels    {:.0} x {0:.0} on average", pixels.sqrt()));
 
     say(&format!("{:<34}{:>10}{:>16}", "stage, on one core", "us/image", "images/s a core"));
-    let read = if source.in_memory() { "read" } else { "read and decode" };
+    let read = if source.in_memory() { READ } else { "read and decode" };
     row(&format!("{read}, first time"), first);
     let read = Stage::time(read, samples.len(), || {
         samples.iter().for_each(|&sample| drop(black_box(source.read(sample))));
     });
     let crop = crop(config, &images, &samples);
     let whole = read.seconds + crop.seconds;
-    row("both", whole);
-
-    let loader = loader(config, Arc::new(source))?;
-    let threads = config.resolved().data_threads;
-    say(&format!("loader    {loader:.0} images/s with data.threads={threads}"));
-    say(&format!("cores     {:.1} of these for 10,000 images/s", 10_000.0 * whole));
-    if read.seconds > crop.seconds && read.name != "read" {
-        say("next: decode once and for all: cargo run --release --example pack_dataset -- DATA OUT");
+    row("all of them", whole);
+    let (rate, threads) = loader(config, Arc::new(source))?;
+    say(&format!("loader    {rate:.0} images/s with data.threads={threads}"));
+    say(&format!("cores     {:.1} such as this one for 10,000 images/s", 10_000.0 * whole));
+    if read.name != READ && config.method.crop == Crop::Simple {
+        say(
+            "next: decode and resize once and for all: cargo run --release --example pack_dataset -- DATA OUT",
+        );
     }
     Ok(())
+}
+
+/// Makes what a batch gets of each image.
+fn crop(config: &Config, images: &[Image], samples: &[usize]) -> Stage {
+    let (side, method) = (config.model.image_size, &config.method);
+    let each = || images.iter().zip(samples);
+    match method.crop {
+        Crop::Simple => Stage::time("resize the short side", images.len(), || {
+            for image in images {
+                let size = short_side(image.height, image.width, side);
+                if size != (image.height, image.width) {
+                    black_box(resize(image, Rect::whole(image), size, method.interpolation));
+                }
+            }
+        }),
+        Crop::RandomResized => Stage::time("random resized crop", images.len(), || {
+            for (image, &sample) in each() {
+                let choices = augment::choices(config.runtime.seed, 0, sample);
+                let extent = (image.height, image.width);
+                let (part, _) =
+                    augment::random_resized_crop(&choices, extent, method.crop_scale, method.flip);
+                black_box(resize(image, part, (side, side), method.interpolation));
+            }
+        }),
+    }
+}
+
+/// Images in a second that the loader makes of data it has not seen, and its threads.
+fn loader(config: &Config, source: Arc<Source>) -> Result<(f64, usize)> {
+    let mut config = run::loader_config(config, &config.resolved());
+    // As in the first epoch, and whatever the batch is.
+    config.cache_bytes = 0;
+    config.micro_batch = config.micro_batch.min(source.len());
+    config.global_batch = config.micro_batch;
+    let (images, threads) = (config.micro_batch, config.threads);
+    let mut loader = Loader::new(source, config, 0)?;
+    let never = AtomicBool::new(false);
+    let start = Instant::now();
+    let mut batches = 0;
+    while batches == 0 || start.elapsed() < LOADER_TIME {
+        let batch = loader.next(&never)?.expect("nobody stops it");
+        loader.recycle(batch);
+        batches += 1;
+    }
+    Ok(((batches * images) as f64 / start.elapsed().as_secs_f64(), threads))
 }
 
 /// A stage and what it takes.

@@ -284,7 +284,9 @@ fn micro_batch(batch: &loader::Batch) -> MicroBatch<'_> {
     }
 }
 
-fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
+/// The batches that a config describes.
+#[must_use]
+pub fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
     LoaderConfig {
         image_size: config.model.image_size,
         crop: config.method.crop,
