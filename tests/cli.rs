@@ -81,9 +81,17 @@ fn help_lists_every_option() {
         let line = line.unwrap_or_else(|| panic!("--{option} is not in the help"));
         assert!(line.len() > 30, "--{option} is not explained: {line}");
     }
-    for word in
-        ["demo", "tiny", "pixmim-vit-b-300e", "mae", "cuda", "doctor", "bench-data", "Examples:", "Exit codes"]
-    {
+    for word in [
+        "demo",
+        "tiny",
+        "pixmim-vit-b-300e",
+        "mae",
+        "cuda",
+        "doctor",
+        "bench-data",
+        "Examples:",
+        "Exit codes",
+    ] {
         assert!(help.contains(word), "{word}");
     }
 }

@@ -248,6 +248,12 @@ impl Trainer {
         self.memory_bytes
     }
 
+    /// What it was made to compute.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// The device it runs on.
     #[must_use]
     pub fn device(&self) -> &Device {
