@@ -1,6 +1,7 @@
 //! Packed shards: what is written is what is read, and no damage goes unnoticed or is believed.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
@@ -153,31 +154,33 @@ fn each_byte_of_a_shard_is_under_a_checksum() {
     let path = write(root.path(), 0, 1);
     assert!(!is_found_damaged(&path));
     let whole = fs::read(&path).unwrap();
-    let damaged = root.path().join("damaged");
     assert!(whole.len() >= 500);
+    let file = fs::File::options().write(true).open(&path).unwrap();
     for change in 0..2 * whole.len() {
-        let mut bytes = whole.clone();
         let at = change % whole.len();
-        bytes[at] ^= 1 + (philox4x32_10([change as u32, 0, 0, 0], [5, 0])[0] % 255) as u8;
-        fs::write(&damaged, &bytes).unwrap();
-        assert!(is_found_damaged(&damaged), "byte {at} of {}", whole.len());
+        let other =
+            whole[at] ^ (1 + philox4x32_10([change as u32, 0, 0, 0], [5, 0])[0] % 255) as u8;
+        file.write_all_at(&[other], at as u64).unwrap();
+        assert!(is_found_damaged(&path), "byte {at} of {}", whole.len());
+        file.write_all_at(&[whole[at]], at as u64).unwrap();
     }
+    assert!(!is_found_damaged(&path));
 }
 
 #[test]
 fn a_shard_of_any_other_length_is_refused() {
     let root = tempdir().unwrap();
     let path = write(root.path(), 0, 1);
-    let whole = fs::read(&path).unwrap();
-    let other = root.path().join("other");
-    for length in 0..whole.len() {
-        fs::write(&other, &whole[..length]).unwrap();
-        let error = Shard::open(&other).unwrap_err().to_string();
+    let length = path.metadata().unwrap().len();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(length + 1).unwrap();
+    assert!(Shard::open(&path).is_err());
+    for length in (0..length).rev() {
+        file.set_len(length).unwrap();
+        let error = Shard::open(&path).unwrap_err().to_string();
         let says = if length < 128 { "within its header" } else { "should have" };
         assert!(error.contains(says), "{length}: {error}");
     }
-    fs::write(&other, [&whole[..], &[0]].concat()).unwrap();
-    assert!(Shard::open(&other).is_err());
 }
 
 /// Changes the header or the index of a shard, and makes the checksums right again.
@@ -192,6 +195,12 @@ fn forged(whole: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     bytes
 }
 
+/// As a new file: ext4 waits for the disk where one is truncated and written again.
+fn write_anew(path: &Path, bytes: &[u8]) {
+    let _ = fs::remove_file(path);
+    fs::write(path, bytes).unwrap();
+}
+
 #[test]
 fn a_hostile_header_or_index_is_refused_whatever_its_checksums_say() {
     let root = tempdir().unwrap();
@@ -200,7 +209,7 @@ fn a_hostile_header_or_index_is_refused_whatever_its_checksums_say() {
     let path = root.path().join("forged");
     let refused = |name: &str, at: usize, with: &[u8]| {
         let bytes = forged(&whole, |bytes| bytes[at..at + with.len()].copy_from_slice(with));
-        fs::write(&path, bytes).unwrap();
+        write_anew(&path, &bytes);
         let error = Shard::open(&path).expect_err(name).to_string();
         assert!(error.contains(name), "{name}: {error}");
     };
@@ -252,9 +261,13 @@ proptest! {
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         in_header in any::<bool>(),
     ) {
-        static WHOLE: LazyLock<Vec<u8>> =
-            LazyLock::new(|| fs::read(write(tempdir().unwrap().path(), 0, 1)).unwrap());
-        let (root, whole) = (tempdir().unwrap(), &*WHOLE);
+        static WHOLE: LazyLock<(TempDir, PathBuf, Vec<u8>)> = LazyLock::new(|| {
+            let root = tempdir().unwrap();
+            let path = write(root.path(), 0, 1);
+            let whole = fs::read(&path).unwrap();
+            (root, path, whole)
+        });
+        let (_, path, whole) = &*WHOLE;
         let index = u64::from_le_bytes(whole[40..48].try_into().unwrap()) as usize;
         let range = if in_header { 8..72 } else { index..whole.len() };
         let bytes = forged(whole, |bytes| {
@@ -262,9 +275,8 @@ proptest! {
                 bytes[range.start + at.index(range.len())] = *value;
             }
         });
-        let path = root.path().join("forged");
-        fs::write(&path, bytes).unwrap();
-        if let Ok(shard) = Shard::open(&path) {
+        fs::File::options().write(true).open(path).unwrap().write_all_at(&bytes, 0).unwrap();
+        if let Ok(shard) = Shard::open(path) {
             for image in 0..shard.len() {
                 let _ = (shard.name(image), shard.label(image), shard.read(image));
             }
