@@ -4,7 +4,7 @@ use super::step::Inputs;
 use crate::cuda::{Gpu, Recording};
 use crate::device::Place;
 use crate::ops::input;
-use crate::{DType, Device, Result, Tensor};
+use crate::{DType, Device, HostBuffer, Result, Tensor};
 
 /// A GPU's copy of the micro-batch. It keeps its place from step to step, so that recorded work finds it.
 #[derive(Debug)]
@@ -32,15 +32,24 @@ impl Feed {
     }
 
     /// Copies the batch in. If its crops of `side` pixels leave its images it is refused, since a kernel would trust them;
-    /// of geometry that is on the GPU already nobody knows.
-    pub(super) fn fill(&mut self, dev: &Device, batch: Inputs<'_>, side: usize) -> Result<()> {
+    /// of geometry that is on the GPU already nobody knows. `buffer` holds the images if they are in one.
+    pub(super) fn fill(
+        &mut self,
+        dev: &Device,
+        batch: Inputs<'_>,
+        buffer: Option<&HostBuffer>,
+        side: usize,
+    ) -> Result<()> {
         dev.copy(self.geometry.view_mut(), batch.geometry)?;
         if batch.geometry.place() == Place::Host {
             let rows = bytemuck::cast_slice(batch.geometry.as_slice::<i64>());
             input::check_geometry(rows, batch.images.elems(), side)?;
         }
         let (images, _) = self.images.view_mut().split_at(batch.images.elems());
-        dev.copy(images, batch.images)?;
+        match buffer {
+            Some(buffer) => dev.upload_buffer(images, buffer)?,
+            None => dev.copy(images, batch.images)?,
+        }
         dev.copy(self.samples.view_mut(), batch.samples)?;
         dev.copy(self.epoch.view_mut(), batch.epoch)
     }

@@ -278,12 +278,13 @@ pub(super) fn available_bytes() -> Result<u64> {
     Ok(free as u64)
 }
 
-/// While it lives, this thread may allocate although a stream is being captured, by whomever: the driver refuses that at
-/// first, and spoils the capture, as it cannot know that the graph does not count on the allocation being repeated.
-struct AllocateWhileCapturing(sys::CUstreamCaptureMode);
+/// While it lives, this thread may allocate, and wait for events of other streams, although a stream is being captured, by
+/// whomever: the driver refuses that at first, and spoils the capture, as it cannot know that the graph does not count on it
+/// being repeated.
+pub(super) struct AllowWhileCapturing(sys::CUstreamCaptureMode);
 
-impl AllocateWhileCapturing {
-    fn new() -> Self {
+impl AllowWhileCapturing {
+    pub(super) fn new() -> Self {
         Self(Self::exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED))
     }
 
@@ -296,7 +297,7 @@ impl AllocateWhileCapturing {
     }
 }
 
-impl Drop for AllocateWhileCapturing {
+impl Drop for AllowWhileCapturing {
     fn drop(&mut self) {
         Self::exchange(self.0);
     }
@@ -312,7 +313,7 @@ impl Memory {
     /// At least one byte, aligned to 256. `what` names it in messages.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(crate) fn new(bytes: usize, what: &'static str) -> Result<Self> {
-        let _allowed = AllocateWhileCapturing::new();
+        let _allowed = AllowWhileCapturing::new();
         let mut address = 0;
         // SAFETY: the probe found the symbol; a context is current; writes one address.
         let status = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) };
@@ -357,12 +358,15 @@ pub(super) struct Pinned {
 #[expect(unsafe_code, reason = "holds a pointer")]
 // SAFETY: it owns the memory, like a Box<[u8]>.
 unsafe impl Send for Pinned {}
+#[expect(unsafe_code, reason = "holds a pointer")]
+// SAFETY: a shared reference gives address and size only.
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     /// `what` names it in messages.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(super) fn new(bytes: usize, what: &'static str) -> Result<Self> {
-        let _allowed = AllocateWhileCapturing::new();
+        let _allowed = AllowWhileCapturing::new();
         let mut start: *mut c_void = ptr::null_mut();
         // SAFETY: the probe found the symbol; a context is current; writes one pointer; 0 are the default flags.
         let status = unsafe { sys::cuMemHostAlloc(&raw mut start, bytes, 0) };
@@ -379,8 +383,15 @@ impl Pinned {
     }
 
     /// Its first byte.
-    pub(super) fn start(&self) -> *const c_void {
-        self.start.cast()
+    pub(super) fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// Sets every byte to 0.
+    #[expect(unsafe_code, reason = "writes to memory of the driver")]
+    pub(super) fn clear(&mut self) {
+        // SAFETY: the memory has `bytes` bytes, and is borrowed exclusively.
+        unsafe { self.start.write_bytes(0, self.bytes) };
     }
 
     /// Copies `src` to its start. No copy out of it may be under way.

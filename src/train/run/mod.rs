@@ -17,9 +17,9 @@ use super::config::{Config, Resolved, Target};
 use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
 use super::state::Snapshot;
-use super::step::{MicroBatch, Outcome, Settings, Trainer};
+use super::step::{Outcome, Settings, Trainer};
 use super::{StepRecord, checkpoint};
-use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::loader::{Loader, LoaderConfig, Resample};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
 use crate::{Error, Result};
@@ -202,7 +202,12 @@ pub fn run(
         config,
         stop,
         tell,
-        loader: Loader::new(source.clone(), loader_config(config, &resolved), state.step)?,
+        loader: Loader::for_device(
+            trainer.device(),
+            source.clone(),
+            loader_config(config, &resolved),
+            state.step,
+        )?,
         gallery: Gallery::new(config, &resolved, &source, &trainer)?,
         pool,
         trainer,
@@ -260,6 +265,7 @@ fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
         prefetch: config.data.prefetch,
         cache_bytes: config.data.cache_mib << 20,
         max_bad_share: config.data.max_bad_share,
+        resample: Resample::OnHost,
     }
 }
 
@@ -349,13 +355,7 @@ impl Run<'_> {
                 }
             }
             samples.extend_from_slice(&batch.samples);
-            let micro = MicroBatch {
-                images: &batch.images,
-                geometry: bytemuck::cast_slice(&batch.geometry),
-                samples: &batch.samples,
-                epoch: batch.epoch,
-            };
-            self.pool.install(|| self.trainer.accumulate(micro, self.micro_batches))?;
+            self.pool.install(|| self.trainer.accumulate_batch(&batch, self.micro_batches))?;
             self.loader.recycle(batch);
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
