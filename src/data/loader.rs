@@ -236,7 +236,7 @@ impl Loader {
     pub fn recycle(&mut self, batch: Batch) {
         let mut progress = self.shared.lock();
         if progress.spare.len() < self.shared.config.prefetch {
-            progress.spare.push(batch);
+            progress.spare.push_back(batch);
         }
     }
 

@@ -228,7 +228,7 @@ fn a_micro_batch_gives_the_bits_of_its_pieces_whatever_memory_it_comes_in() {
             images: TensorRef::new(&images.bytes, &[images.bytes.len()]).unwrap(),
             geometry: TensorRef::new(&images.geometry, &[MICRO_BATCH, 6]).unwrap(),
             samples: TensorRef::new(&images.samples, &[MICRO_BATCH]).unwrap(),
-            epoch: TensorRef::new(&[2], &[1]).unwrap(),
+            epoch: TensorRef::new(&[2_i64], &[1]).unwrap(),
         };
         trainer.forward_loss(inputs, 2).unwrap();
         trainer.backward().unwrap();

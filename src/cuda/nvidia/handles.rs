@@ -218,19 +218,25 @@ unsafe impl Send for Event {}
 impl Event {
     /// An event that orders.
     pub(super) fn new() -> Result<Self> {
-        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32)
+    }
+
+    /// An event that orders, and whose waiting thread sleeps instead of asking on and on.
+    pub(super) fn sleeping() -> Result<Self> {
+        let sleeping = sys::CUevent_flags_enum::CU_EVENT_BLOCKING_SYNC as u32;
+        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32 | sleeping)
     }
 
     /// An event that also tells the time.
     pub(crate) fn timed() -> Result<Self> {
-        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DEFAULT)
+        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32)
     }
 
     #[expect(unsafe_code, reason = "calls into libcuda")]
-    fn with_flags(flags: sys::CUevent_flags_enum) -> Result<Self> {
+    fn with_flags(flags: u32) -> Result<Self> {
         let mut handle = ptr::null_mut();
         // SAFETY: the probe found the symbol; a context is current; writes one pointer.
-        check("make an event", unsafe { sys::cuEventCreate(&raw mut handle, flags as u32) })?;
+        check("make an event", unsafe { sys::cuEventCreate(&raw mut handle, flags) })?;
         Ok(Self { handle })
     }
 

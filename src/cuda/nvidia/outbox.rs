@@ -28,7 +28,8 @@ struct LastRead {
 impl Outbox {
     /// Zeros. The GPU's context must be current.
     pub(super) fn new(bytes: usize, gpu: &Arc<Shared>) -> Result<Self> {
-        let last_read = Mutex::new(LastRead { event: Event::new()?, pending: false });
+        // A loader's threads wait here as long as the GPU is the slower one.
+        let last_read = Mutex::new(LastRead { event: Event::sleeping()?, pending: false });
         let mut host = Pinned::new(bytes, WHAT)?;
         host.clear();
         Ok(Self { last_read, host, gpu: Arc::clone(gpu) })

@@ -49,8 +49,8 @@ pub(super) struct Progress {
     pub(super) front: u64,
     /// Micro-batches under way, from `front` on.
     pub(super) open: VecDeque<Open>,
-    /// Batches to be filled anew.
-    pub(super) spare: Vec<Batch>,
+    /// Batches to be filled anew. The first has waited longest, so that a GPU has read it most likely.
+    pub(super) spare: VecDeque<Batch>,
     /// The latest epoch that was begun, and its order.
     order: Option<(u32, Arc<[u32]>)>,
     pub(super) closed: bool,
@@ -136,7 +136,7 @@ impl Shared {
             progress: Mutex::new(Progress {
                 front: first_step * micros,
                 open: VecDeque::new(),
-                spare: Vec::new(),
+                spare: VecDeque::new(),
                 order: None,
                 closed: false,
                 panic: None,
@@ -177,7 +177,7 @@ impl Shared {
                 break (size - 1 - open.places.len(), place);
             }
             if progress.open.len() < self.config.prefetch {
-                let spare = progress.spare.pop().unwrap_or_default();
+                let spare = progress.spare.pop_front().unwrap_or_default();
                 progress.open.push_back(self.open(spare));
             } else {
                 progress = self.room.wait(progress).unwrap_or_else(PoisonError::into_inner);
