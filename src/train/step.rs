@@ -2,12 +2,15 @@
 
 use super::feed::{Feed, Work};
 use super::plan::Plan;
+use super::resample::Resampled;
 use crate::TensorList;
 use crate::data::loader::Batch;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
+use crate::ops::resize::{self, Interpolation};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
+use crate::profile::{self, stage};
 use crate::{Arena, DType, Device, Error, HostBuffer, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
@@ -23,6 +26,9 @@ pub struct Settings {
     pub kept: usize,
     /// Side of the blocks of patches that are masked together.
     pub mask_block: usize,
+    /// How the step resamples images to crops before it reads them: each is then a rectangle as [`resize`] takes it. None:
+    /// crops are cut from the images as they are.
+    pub resize: Option<Interpolation>,
     /// Mean of the colours, RGB on [0, 1].
     pub mean: [f64; 3],
     /// Standard deviation of the colours.
@@ -43,7 +49,7 @@ pub struct Settings {
     pub record: bool,
 }
 
-/// The images of one micro-batch, as [`input`] reads them.
+/// The images of one micro-batch, as [`input`] reads them, or [`resize`] if the settings say so.
 #[derive(Clone, Copy, Debug)]
 pub struct MicroBatch<'a> {
     /// Bytes of all images.
@@ -56,12 +62,24 @@ pub struct MicroBatch<'a> {
     pub epoch: u32,
 }
 
+impl<'a> From<&'a Batch> for MicroBatch<'a> {
+    fn from(batch: &'a Batch) -> Self {
+        Self {
+            images: &batch.images,
+            geometry: bytemuck::cast_slice(&batch.geometry),
+            samples: &batch.samples,
+            epoch: batch.epoch,
+        }
+    }
+}
+
 /// A micro-batch as tensors, each in the host's memory or the device's.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// `(bytes)` u8: the images, one after another.
     pub images: TensorRef<'a>,
-    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks.
+    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks, or
+    /// [`resize::check_geometry`] if images are resampled.
     pub geometry: TensorRef<'a>,
     /// `(B)` i64: decides each image's mask, with seed and epoch.
     pub samples: TensorRef<'a>,
@@ -124,6 +142,7 @@ pub struct Trainer {
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
+    resampled: Option<Resampled>,
     /// Pixels of the whole crops, and the filter over them, if the target is filtered.
     filtered: Option<(Tensor, Filter)>,
     pixel_dtype: DType,
@@ -190,7 +209,7 @@ impl Trainer {
         };
         plan.expect_room()?;
         let (images, memory_bytes) = (settings.micro_batch, plan.bytes(settings.micro_batch));
-        let ((acts, target, pixels), _) =
+        let ((acts, target, pixels, resampled), _) =
             Arena::build(&dev, "activations", |arena| plan.activations(arena, images))?;
         let ((scratch, scalars, workspace), _) =
             Arena::build(&dev, "workspace", |arena| plan.workspace(arena, images))?;
@@ -210,6 +229,7 @@ impl Trainer {
             acts,
             scratch,
             target,
+            resampled,
             filtered: pixels.zip(filter),
             pixel_dtype,
             exact,
@@ -226,6 +246,9 @@ impl Trainer {
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        if let Some(resampled) = &mut trainer.resampled {
+            resampled.place(&trainer.dev)?;
+        }
         // What there is to tell before the first update.
         let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
         trainer.dev.clear(norm.view_mut())?;
@@ -239,10 +262,21 @@ impl Trainer {
         self.memory_bytes
     }
 
+    /// What it was made to compute.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// The device it runs on.
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.dev
+    }
+
+    /// Whether, on a GPU, a step's work is recorded once and then run again as a whole.
+    pub(super) fn records(&self) -> bool {
+        self.settings.record
     }
 
     /// What the last forward pass left: masks and prediction among it.
@@ -314,10 +348,9 @@ impl Trainer {
     ///
     /// [`Loader::for_device`]: crate::data::loader::Loader::for_device
     pub fn accumulate_batch(&mut self, batch: &Batch, micro_batches: usize) -> Result<()> {
-        let Batch { images, samples, .. } = batch;
-        let (geometry, epoch) = (bytemuck::cast_slice(&batch.geometry), [i64::from(batch.epoch)]);
-        let micro = MicroBatch { images, geometry, samples, epoch: batch.epoch };
-        self.accumulate_inputs(Inputs::on_host(micro, &epoch)?, Some(images), micro_batches)
+        let epoch = [i64::from(batch.epoch)];
+        let inputs = Inputs::on_host(batch.into(), &epoch)?;
+        self.accumulate_inputs(inputs, Some(&batch.images), micro_batches)
     }
 
     fn accumulate_inputs(
@@ -326,6 +359,7 @@ impl Trainer {
         images: Option<&HostBuffer>,
         micro_batches: usize,
     ) -> Result<()> {
+        let forward = stage("forward", None);
         self.run_batch(
             batch,
             images,
@@ -333,6 +367,7 @@ impl Trainer {
             |step| &mut step.accumulate_work,
             |step, inputs| {
                 step.enqueue_forward(inputs, micro_batches)?;
+                drop(forward);
                 step.enqueue_backward()
             },
         )
@@ -344,6 +379,7 @@ impl Trainer {
     /// # Errors
     /// As [`accumulate`](Self::accumulate).
     pub fn forward_loss(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<()> {
+        let _forward = stage("forward", None);
         self.run_batch(
             batch,
             None,
@@ -373,9 +409,12 @@ impl Trainer {
             return enqueue(self, batch);
         }
         let mut feed = self.take_feed(batch, images.is_some(), micro_batches)?;
-        let side = self.mae.config().image_size;
+        let judge = |rows: &[input::Geometry], bytes| match self.resampled {
+            Some(_) => resize::check_geometry(rows, bytes),
+            None => input::check_geometry(rows, bytes, self.mae.config().image_size),
+        };
         let done = feed
-            .fill(&self.dev, batch, images, side)
+            .fill(&self.dev, batch, images, judge)
             .and_then(|()| self.run(work, |step| enqueue(step, feed.inputs())));
         self.feed = Some(feed);
         done
@@ -406,13 +445,16 @@ impl Trainer {
         Feed::new(&self.home, self.settings.micro_batch, bytes + room)
     }
 
-    /// Does a piece of a step: on a GPU as recorded work, if the settings say so.
+    /// Does a piece of a step: on a GPU as recorded work, if the settings say so and nobody asks what its ops take.
     fn run(
         &mut self,
         work: impl Fn(&mut Self) -> &mut Work,
         enqueue: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let Device::Cuda(gpu) = self.dev.clone() else { return enqueue(self) };
+        let gpu = match self.dev.clone() {
+            Device::Cuda(gpu) if !profile::is_collecting() => gpu,
+            _ => return enqueue(self),
+        };
         let (mut taken, record) = (std::mem::take(work(self)), self.settings.record);
         let done = taken.run(&gpu, record, || enqueue(self));
         *work(self) = taken;
@@ -423,6 +465,7 @@ impl Trainer {
     fn enqueue_forward(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
         let Self { dev, settings, acts, scratch, scalars, workspace, .. } = self;
         let patch_size = self.mae.config().patch_size;
+        let input_stage = stage("input", None);
         // Which patches the encoder sees.
         random_masking::forward(
             dev,
@@ -439,6 +482,11 @@ impl Trainer {
                 workspace: workspace.view_mut(),
             },
         )?;
+        // Rectangles to crops.
+        let (images, geometry) = match &mut self.resampled {
+            Some(resampled) => resampled.forward(dev, inputs.images, inputs.geometry)?,
+            None => (inputs.images, inputs.geometry),
+        };
         // Bytes to patches, and to what the loss will compare with.
         input::forward(
             dev,
@@ -451,8 +499,8 @@ impl Trainer {
                         ids_masked: acts.ids_predicted.view(),
                     },
                 },
-                images: inputs.images,
-                geometry: inputs.geometry,
+                images,
+                geometry,
                 ids_keep: acts.ids_keep.view(),
                 mean: settings.mean,
                 std: settings.std,
@@ -476,6 +524,7 @@ impl Trainer {
                 },
             )?;
         }
+        drop(input_stage);
         self.mae.forward(dev, acts, workspace)?;
         masked_mse_loss::forward_backward(
             dev,
@@ -504,6 +553,7 @@ impl Trainer {
     }
 
     fn enqueue_backward(&mut self) -> Result<()> {
+        let _backward = stage("backward", None);
         let Self { dev, mae, acts, grads, scratch, workspace, .. } = self;
         mae.backward(dev, acts, grads, scratch, workspace)
     }
@@ -523,6 +573,7 @@ impl Trainer {
     /// # Errors
     /// Those of the ops.
     pub fn enqueue_update(&mut self, lr: TensorRef<'_>) -> Result<()> {
+        let _update = stage("update", None);
         self.dev.copy(self.scalars.lr.view_mut(), lr)?;
         self.run(|step| &mut step.update_work, Self::enqueue_adamw)
     }
