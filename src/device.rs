@@ -1,11 +1,15 @@
 //! Where an op runs, and where its tensors are.
 
+mod buffer;
+
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
+pub use self::buffer::HostBuffer;
+pub(crate) use self::buffer::HostMemory;
 use crate::cuda::Gpu;
 use crate::dtype::Element;
 use crate::{DType, Error, Result, TensorMut, TensorRef};
@@ -119,6 +123,31 @@ impl Device {
             Self::Cuda(gpu) => gpu.driver().upload(dst.dev_ptr(), bytemuck::cast_slice(src))?,
         }
         Ok(())
+    }
+
+    /// As many zeros in the host's memory, for [`upload_buffer`](Self::upload_buffer): of a GPU page-locked, as far as that
+    /// can be had. To lock pages takes time; keep the buffer.
+    #[must_use]
+    pub fn host_buffer(&self, bytes: usize) -> HostBuffer {
+        let locked = match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(gpu) => gpu.driver().lock_pages(bytes),
+        };
+        locked.map_or_else(|| HostBuffer::new(bytes), HostBuffer::of)
+    }
+
+    /// As [`upload`](Self::upload), of the bytes of a buffer. Those of this device's [`host_buffer`](Self::host_buffer) are
+    /// not copied on the host: a GPU reads them by itself, beside earlier work, and whoever writes them waits for that.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn upload_buffer(&self, dst: TensorMut<'_>, src: &HostBuffer) -> Result<()> {
+        let Self::Cuda(gpu) = self else { return self.upload::<u8>(dst, src) };
+        let call = Call { op: "upload", dev: self };
+        expect_elems(call, "dst", dst.elems(), src.len())?;
+        dst.expect(call, "dst", DType::U8, dst.shape())?;
+        let _span = self.span_of_bytes("upload", src.len());
+        gpu.driver().upload_buffer(dst.dev_ptr(), src)
     }
 
     /// The numbers of a tensor of this device: its own memory on the CPU, a copy of a GPU's after all work enqueued so far.

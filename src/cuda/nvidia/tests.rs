@@ -8,6 +8,7 @@ use std::process::Command;
 
 use half::bf16;
 
+mod buffers;
 mod slices;
 mod streams;
 
@@ -486,6 +487,7 @@ fn every_function_called_is_looked_up_first() {
         "nvidia/graph.rs",
         "nvidia/handles.rs",
         "nvidia/kernels.rs",
+        "nvidia/outbox.rs",
         "nvidia.rs",
         "probe.rs",
         "probe/cublaslt.rs",

@@ -17,10 +17,10 @@ use super::config::{Config, Resolved, Target};
 use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
 use super::state::Snapshot;
-use super::step::{MicroBatch, Outcome, Settings, Trainer};
+use super::step::{Outcome, Settings, Trainer};
 use super::timing::StepProfile;
 use super::{StepRecord, checkpoint, cost, peaks};
-use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::loader::{Loader, LoaderConfig, Resample};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
 use crate::ops::cost::Cost;
@@ -255,7 +255,12 @@ pub fn run(
         config,
         stop,
         tell,
-        loader: Loader::new(source.clone(), loader_config(config, &resolved), state.step)?,
+        loader: Loader::for_device(
+            trainer.device(),
+            source.clone(),
+            loader_config(config, &resolved),
+            state.step,
+        )?,
         gallery: Gallery::new(config, &resolved, &source, &trainer)?,
         pool,
         trainer,
@@ -310,17 +315,7 @@ fn profile(
 ) -> Result<Option<StepProfile>> {
     let Some(batch) = loader.next(stop)? else { return Ok(None) };
     drop(loader);
-    StepProfile::take(trainer, micro_batch(&batch), micro_batches, None, stop)
-}
-
-/// A loaded batch as the trainer takes it.
-fn micro_batch(batch: &loader::Batch) -> MicroBatch<'_> {
-    MicroBatch {
-        images: &batch.images,
-        geometry: bytemuck::cast_slice(&batch.geometry),
-        samples: &batch.samples,
-        epoch: batch.epoch,
-    }
+    StepProfile::take(trainer, (&batch).into(), micro_batches, None, stop)
 }
 
 /// The batches that a config describes.
@@ -340,6 +335,7 @@ pub fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
         prefetch: config.data.prefetch,
         cache_bytes: config.data.cache_mib << 20,
         max_bad_share: config.data.max_bad_share,
+        resample: Resample::OnHost,
     }
 }
 
@@ -432,8 +428,7 @@ impl Run<'_> {
                 }
             }
             samples.extend_from_slice(&batch.samples);
-            let micro = micro_batch(&batch);
-            self.pool.install(|| self.trainer.accumulate(micro, self.micro_batches))?;
+            self.pool.install(|| self.trainer.accumulate_batch(&batch, self.micro_batches))?;
             self.loader.recycle(batch);
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
