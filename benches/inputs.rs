@@ -17,8 +17,6 @@ pub(crate) fn noise() -> Vec<f32> {
 /// Makes tensors of a device.
 pub(crate) struct Inputs<'a> {
     pub(crate) dev: &'a Device,
-    /// Of activations and weights.
-    pub(crate) dtype: DType,
     pub(crate) noise: &'a [f32],
 }
 

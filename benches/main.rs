@@ -19,7 +19,7 @@ mod step;
 mod workload;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use criterion::{Bencher, BenchmarkId, Criterion, Throughput};
 use inputs::{Inputs, noise};
@@ -147,7 +147,7 @@ impl Bench {
         make: impl FnOnce(&Inputs<'_>) -> R,
     ) {
         let precision = case.precision.unwrap_or(self.precision);
-        let (dev, dtype) = precision.on(&self.dev);
+        let (dev, _) = precision.on(&self.dev);
         let direction = match case.precision {
             Some(precision) => format!("{} {}", case.direction, name(precision)),
             None => case.direction.to_owned(),
@@ -158,12 +158,12 @@ impl Bench {
             _ => Throughput::ElementsAndBytes { elements: flops, bytes },
         };
         let noise = std::mem::take(&mut self.noise);
-        let inputs = Inputs { dev: &dev, dtype, noise: &noise };
+        let inputs = Inputs { dev: &dev, noise: &noise };
         let (mut make, mut run) = (Some(make), None);
         let took = self.measure([case.op, &direction, case.shape], Some(work), |b| {
             // Made at the first use: criterion calls this for every sample.
             let run = run.get_or_insert_with(|| make.take().expect("made once")(&inputs));
-            b.iter_custom(|times| elapsed(&dev, times, || run(&dev)).unwrap());
+            b.iter_custom(|times| dev.time(|| (0..times).try_for_each(|_| run(&dev))).unwrap());
         });
         self.noise = noise;
         self.rows.extend(took.map(|took| Row {
@@ -210,7 +210,7 @@ impl Bench {
         if self.rows.is_empty() && !self.only_tried {
             return;
         }
-        let peaks = Measured::new(&self.dev, &self.noise, self.only_tried);
+        let peaks = Measured::new(&self.dev).unwrap();
         if self.rows.is_empty() {
             return;
         }
@@ -225,16 +225,6 @@ impl Bench {
         for path in report.write(&folder).unwrap() {
             println!("{}", path.display());
         }
-    }
-}
-
-/// Time of so many runs: a GPU's own, or wall time.
-fn elapsed(dev: &Device, times: u64, mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
-    let start = Instant::now();
-    let mut runs = || (0..times).try_for_each(|_| run());
-    match dev {
-        Device::Cuda(gpu) => gpu.time(runs),
-        _ => runs().map(|()| start.elapsed()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Where an op runs, and where its tensors are.
 
 use std::borrow::Cow;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -112,6 +113,7 @@ impl Device {
         let call = Call { op: "upload", dev: self };
         expect_elems(call, "dst", dst.elems(), src.len())?;
         dst.expect(call, "dst", T::DTYPE, dst.shape())?;
+        let _span = self.span_of_bytes("upload", size_of_val(src));
         match self {
             Self::Cpu(_) => dst.into_slice::<T>().copy_from_slice(src),
             Self::Cuda(gpu) => gpu.driver().upload(dst.dev_ptr(), bytemuck::cast_slice(src))?,
@@ -129,6 +131,7 @@ impl Device {
         match self {
             Self::Cpu(_) => Ok(Cow::Borrowed(src.as_slice())),
             Self::Cuda(gpu) => {
+                let _span = self.span_of_bytes("read", src.bytes());
                 let mut dst = vec![T::zeroed(); src.elems()];
                 gpu.driver().download(bytemuck::cast_slice_mut(&mut dst), src.dev_ptr())?;
                 Ok(Cow::Owned(dst))
@@ -177,6 +180,13 @@ impl Device {
         let at = |place| Call { op: "copy", dev: if place == Place::Host { &host } else { self } };
         src.expect(at(src.place()), "src", src.dtype(), src.shape())?;
         dst.expect(at(dst.place()), "dst", src.dtype(), src.shape())?;
+        let _span = match (self, dst.place(), src.place()) {
+            (Self::Cuda(_), Place::Gpu(_), Place::Host) => {
+                self.span_of_bytes("upload", src.bytes())
+            }
+            (Self::Cuda(_), Place::Host, Place::Gpu(_)) => self.span_of_bytes("read", src.bytes()),
+            _ => self.span_of_bytes("copy", 2 * src.bytes()),
+        };
         match self {
             Self::Cuda(gpu) => match (dst.place(), src.place()) {
                 (Place::Host, Place::Host) => dst.copy_host(src),
@@ -195,12 +205,27 @@ impl Device {
         Ok(())
     }
 
+    /// How long work takes: by a GPU's own clock, as [`Gpu::time`] says, or wall time on the CPU.
+    ///
+    /// # Errors
+    /// As [`Gpu::time`].
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        match self {
+            Self::Cuda(gpu) => gpu.time(work),
+            Self::Cpu(_) => {
+                let start = Instant::now();
+                work().map(|()| start.elapsed())
+            }
+        }
+    }
+
     /// Sets every byte to zero, which is the number 0 in every dtype.
     ///
     /// # Errors
     /// [`Error::Place`], [`Error::Gpu`].
     pub fn clear(&self, dst: TensorMut<'_>) -> Result<()> {
         dst.expect(Call { op: "clear", dev: self }, "dst", dst.dtype(), dst.shape())?;
+        let _span = self.span_of_bytes("clear", dst.bytes());
         match self {
             Self::Cpu(_) => dst.clear_host(),
             Self::Cuda(gpu) => gpu.driver().clear(dst.dev_ptr(), dst.bytes())?,

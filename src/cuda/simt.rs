@@ -8,7 +8,8 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::driver::{
-    DevPtr, Driver, Epilogue, Epilogues, Graph, Launch, Matmul, Matrix, Properties,
+    Clock, DevPtr, Driver, Epilogue, Epilogues, Graph, HostClock, Launch, Matmul, Matrix,
+    Properties,
 };
 use crate::cpu::gemm::{Mat, MatMut, matmul};
 use crate::dtype::Element;
@@ -124,6 +125,7 @@ impl Simt {
             // That of an H200.
             shared_bytes: 232_448,
             memory_bytes: options.memory_bytes,
+            executor: true,
         };
         let SimtOptions { seed, threads, checks, epilogues, .. } = options;
         let options = LaunchOptions { seed, threads, checks };
@@ -396,6 +398,11 @@ impl Driver for Simt {
         let start = Instant::now();
         enqueue()?;
         Ok(start.elapsed())
+    }
+
+    fn clock(&self) -> Result<Box<dyn Clock>> {
+        self.expect_no_recording("time its work")?;
+        Ok(Box::new(HostClock::default()))
     }
 
     fn begin_capture(&self) -> Result<()> {
