@@ -113,6 +113,7 @@ impl Device {
         let call = Call { op: "upload", dev: self };
         expect_elems(call, "dst", dst.elems(), src.len())?;
         dst.expect(call, "dst", T::DTYPE, dst.shape())?;
+        let _span = self.span_of_bytes("upload", size_of_val(src));
         match self {
             Self::Cpu(_) => dst.into_slice::<T>().copy_from_slice(src),
             Self::Cuda(gpu) => gpu.driver().upload(dst.dev_ptr(), bytemuck::cast_slice(src))?,
@@ -151,6 +152,7 @@ impl Device {
         match self {
             Self::Cpu(_) => Ok(Cow::Borrowed(src.as_slice())),
             Self::Cuda(gpu) => {
+                let _span = self.span_of_bytes("read", src.bytes());
                 let mut dst = vec![T::zeroed(); src.elems()];
                 gpu.driver().download(bytemuck::cast_slice_mut(&mut dst), src.dev_ptr())?;
                 Ok(Cow::Owned(dst))
@@ -199,6 +201,13 @@ impl Device {
         let at = |place| Call { op: "copy", dev: if place == Place::Host { &host } else { self } };
         src.expect(at(src.place()), "src", src.dtype(), src.shape())?;
         dst.expect(at(dst.place()), "dst", src.dtype(), src.shape())?;
+        let _span = match (self, dst.place(), src.place()) {
+            (Self::Cuda(_), Place::Gpu(_), Place::Host) => {
+                self.span_of_bytes("upload", src.bytes())
+            }
+            (Self::Cuda(_), Place::Host, Place::Gpu(_)) => self.span_of_bytes("read", src.bytes()),
+            _ => self.span_of_bytes("copy", 2 * src.bytes()),
+        };
         match self {
             Self::Cuda(gpu) => match (dst.place(), src.place()) {
                 (Place::Host, Place::Host) => dst.copy_host(src),
@@ -237,6 +246,7 @@ impl Device {
     /// [`Error::Place`], [`Error::Gpu`].
     pub fn clear(&self, dst: TensorMut<'_>) -> Result<()> {
         dst.expect(Call { op: "clear", dev: self }, "dst", dst.dtype(), dst.shape())?;
+        let _span = self.span_of_bytes("clear", dst.bytes());
         match self {
             Self::Cpu(_) => dst.clear_host(),
             Self::Cuda(gpu) => gpu.driver().clear(dst.dev_ptr(), dst.bytes())?,

@@ -10,6 +10,7 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod ops;
+pub mod profile;
 pub mod tensor;
 
 pub mod model;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pixmim::train::StepRecord;
 use pixmim::train::run::{Event, Plan, Summary};
+use pixmim::train::timing::StepProfile;
 
 use crate::cli::{Job, quoted};
 
@@ -54,6 +55,7 @@ impl Progress {
             Event::Step { record, smoothed_loss, eta, logged } => {
                 self.step(record, smoothed_loss, eta, logged);
             }
+            Event::Profile(profile, folder) => self.profile(profile, folder),
             Event::Picture(path) => self.note(&format!("picture={}", path_text(path))),
             Event::Checkpoint(path) => self.note(&format!("checkpoint={}", path_text(path))),
             Event::Warning(text) => match &self.bar {
@@ -193,6 +195,14 @@ impl Progress {
                 record.data_wait,
                 eta.as_secs(),
             ));
+        }
+    }
+
+    fn profile(&self, profile: &StepProfile, folder: Option<&Path>) {
+        say(&format!("profile   {}", profile.summary()));
+        say(profile.table().trim_end());
+        if let Some(folder) = folder {
+            self.note(&format!("profile={}", path_text(folder)));
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{DType, Result};
 
@@ -100,6 +100,37 @@ pub(crate) trait Graph: Send {
     fn replay(&self) -> Result<()>;
 }
 
+/// Marks in a stream's work, and when each was reached.
+pub(crate) trait Clock {
+    /// Marks the end of the work enqueued so far.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu), also while the stream's work is being recorded.
+    fn mark(&mut self) -> Result<()>;
+
+    /// Waits for the last mark, and gives the time of each since the first.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu), also for what went wrong in work enqueued before.
+    fn read(&mut self) -> Result<Vec<Duration>>;
+}
+
+/// That of a device which does work as it is enqueued.
+#[derive(Debug, Default)]
+pub(crate) struct HostClock(Vec<Instant>);
+
+impl Clock for HostClock {
+    fn mark(&mut self) -> Result<()> {
+        self.0.push(Instant::now());
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<Vec<Duration>> {
+        let since_first = |mark: &Instant| mark.duration_since(self.0[0]);
+        Ok(self.0.iter().map(since_first).collect())
+    }
+}
+
 /// A GPU with a stream.
 pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// What it can do.
@@ -192,6 +223,12 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of `enqueue`; [`Gpu`](crate::Error::Gpu), also for what went wrong in that work.
     fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration>;
+
+    /// Tells the time of points in the work. Not while capturing.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu).
+    fn clock(&self) -> Result<Box<dyn Clock>>;
 
     /// From here on launches, products, copies on the device and clears are recorded, not run. The shapes of all products
     /// must have been seen before. All of these also work while the stream's owner is capturing it.

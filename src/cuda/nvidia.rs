@@ -5,6 +5,7 @@
 //! memory pool; the only calls that wait are those that must: [`free`](Driver::free), [`download`](Driver::download),
 //! [`synchronize`](Driver::synchronize) and [`time`](Driver::time).
 
+mod clock;
 mod copies;
 mod graph;
 mod handles;
@@ -16,13 +17,14 @@ use std::time::Duration;
 
 use cudarc::driver::sys;
 
+use self::clock::EventClock;
 use self::copies::Uploads;
 pub(super) use self::copies::{upload, within_gpu};
 use self::handles::Context;
 pub(super) use self::handles::{Event, Memory, Stream};
 use self::kernels::{Kernels, Suspects};
 use crate::cuda::cublaslt::{Lane, Plans, WORKSPACE_BYTES};
-use crate::cuda::driver::{DevPtr, Driver, Graph, Launch, Matmul, Properties};
+use crate::cuda::driver::{Clock, DevPtr, Driver, Graph, Launch, Matmul, Properties};
 use crate::cuda::kernels::FATBINS;
 use crate::cuda::probe::{self, Found};
 use crate::{Error, Result};
@@ -165,6 +167,13 @@ impl Inner {
             return error;
         }
         self.check(action, self.stream.synchronize()).err().unwrap_or(error)
+    }
+
+    /// Waits for all work enqueued so far. The context must be current.
+    fn finish(&self) -> Result<()> {
+        self.check("finish its work", self.stream.synchronize())?;
+        self.suspects.clear();
+        Ok(())
     }
 
     /// Refuses what cannot be recorded before the driver would, which spoils the recording.
@@ -312,9 +321,7 @@ impl Driver for Nvidia {
 
     fn synchronize(&self) -> Result<()> {
         self.0.bind()?;
-        self.0.check("finish its work", self.0.stream.synchronize())?;
-        self.0.suspects.clear();
-        Ok(())
+        self.0.finish()
     }
 
     fn time(&self, enqueue: Box<dyn FnOnce() -> Result<()> + '_>) -> Result<Duration> {
@@ -328,6 +335,12 @@ impl Driver for Nvidia {
         end.record(&self.0.stream).map_err(|error| self.0.blame(error))?;
         self.synchronize()?;
         Ok(Duration::from_secs_f64(f64::from(end.milliseconds_since(&start)?) / 1e3))
+    }
+
+    fn clock(&self) -> Result<Box<dyn Clock>> {
+        self.0.bind()?;
+        self.0.expect_no_capture("time its work")?;
+        Ok(Box::new(EventClock::new(Arc::clone(&self.0))))
     }
 
     fn begin_capture(&self) -> Result<()> {

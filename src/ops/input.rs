@@ -6,6 +6,7 @@
 //!
 //! On a GPU `pixels` holds the bytes themselves, and nobody looks at `geometry` there: see [`check_geometry`].
 
+use super::cost::{self, Cost, InputTarget};
 use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::Call;
 pub use crate::scalar::reflect;
@@ -80,6 +81,7 @@ pub enum Target<'a> {
 /// geometry, id or colour outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("input::forward", || args.cost(dims));
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -95,12 +97,22 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// [`Error::Invalid`], naming the image.
 pub fn check_geometry(rows: &[Geometry], bytes: usize, side: usize) -> Result<()> {
-    match rows.iter().position(|row| !row.fits(bytes as i64, side as i64)) {
+    expect_geometry("input::forward: geometry", rows, bytes, |row| row.reaches(side as i64))
+}
+
+/// Refuses images that do not lie within `bytes`, and rows that are not as `fits` asks.
+pub(super) fn expect_geometry(
+    arg: &str,
+    rows: &[Geometry],
+    bytes: usize,
+    fits: impl Fn(&Geometry) -> bool,
+) -> Result<()> {
+    match rows.iter().position(|row| !(row.lies_within(bytes as i64) && fits(row))) {
         None => Ok(()),
         Some(image) => {
             let row = rows[image];
             let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
-            Err(Error::invalid("input::forward: geometry", why))
+            Err(Error::invalid(arg, why))
         }
     }
 }
@@ -115,6 +127,16 @@ struct Dims {
 }
 
 impl Forward<'_> {
+    fn cost(&self, dims: Dims) -> Cost {
+        let Dims { kept, grid, patch_size, dtype } = dims;
+        let images = self.geometry.shape()[0];
+        let target = match &self.target {
+            Target::Raw { .. } => InputTarget::Raw,
+            Target::Filtered { pixels } => InputTarget::Filtered(pixels.dtype()),
+        };
+        cost::input_forward(dtype, [images, grid * patch_size, patch_size, kept], target)
+    }
+
     fn check(&self, dev: &Device) -> Result<Dims> {
         let call = Call { op: "input::forward", dev };
         let dtype = self.patches.expect_real(call, "patches")?;
@@ -169,22 +191,25 @@ impl Forward<'_> {
 }
 
 impl Geometry {
-    /// Whether image and crop lie where one reflection reaches.
-    fn fits(&self, bytes: i64, side: i64) -> bool {
+    /// Whether the image's bytes are there, and the flip is one.
+    fn lies_within(&self, bytes: i64) -> bool {
         let end = self
             .height
             .checked_mul(self.width)
             .and_then(|n| n.checked_mul(3)?.checked_add(self.offset));
-        let reaches = |from: i64, extent: i64| {
-            from > -extent && from.checked_add(side).is_some_and(|end| end < 2 * extent)
-        };
         self.offset >= 0
             && (1..1 << 30).contains(&self.height)
             && (1..1 << 30).contains(&self.width)
             && end.is_some_and(|end| end <= bytes)
-            && reaches(self.top, self.height)
-            && reaches(self.left, self.width)
             && (self.flip == 0 || self.flip == 1)
+    }
+
+    /// Whether the crop lies where one reflection reaches.
+    fn reaches(&self, side: i64) -> bool {
+        let reaches = |from: i64, extent: i64| {
+            from > -extent && from.checked_add(side).is_some_and(|end| end < 2 * extent)
+        };
+        reaches(self.top, self.height) && reaches(self.left, self.width)
     }
 }
 

@@ -12,6 +12,7 @@ pub mod peaks;
 pub mod pictures;
 mod plan;
 pub mod report;
+mod resample;
 pub mod run;
 pub mod schedule;
 pub mod signal;
@@ -20,6 +21,7 @@ pub mod step;
 mod svg;
 pub mod tensorboard;
 pub mod timeline;
+pub mod timing;
 
 /// One logged step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]

@@ -34,6 +34,8 @@ pub struct Report<'a> {
     pub pictures: &'a [Saved],
     /// A strip of reconstructions over time, a PNG file.
     pub timeline: Option<&'a Path>,
+    /// The timeline of a step, an SVG file of [`StepProfile::write`](super::timing::StepProfile::write).
+    pub profile: Option<&'a Path>,
     /// What happened: skipped steps, resumes, warnings.
     pub notices: &'a [Notice],
     /// Images that could not be used.
@@ -81,6 +83,7 @@ fn html(report: &Report<'_>) -> Result<String> {
     summary(&mut page, report);
     timeline(&mut page, report)?;
     curves(&mut page, report);
+    profile(&mut page, report)?;
     pictures(&mut page, report)?;
     events(&mut page, report);
     bad_images(&mut page, report.bad_images);
@@ -225,6 +228,18 @@ fn curves(page: &mut String, report: &Report<'_>) {
             "<p class=\"soft\">A triangle at the foot marks a skipped step, a dotted line a resume.</p>\n",
         );
     }
+}
+
+fn profile(page: &mut String, report: &Report<'_>) -> Result<()> {
+    let Some(path) = report.profile else { return Ok(()) };
+    let svg = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let _ = write!(
+        page,
+        "<h2>Profile</h2>\n<figure>{svg}<figcaption>One micro-batch and one update, before the first step. Point at a bar \
+         for its time. profile/step.csv has the figures of each op; profile/trace.json opens in ui.perfetto.dev.\
+         </figcaption></figure>\n"
+    );
+    Ok(())
 }
 
 /// Mean of the finite values over a twenty-fifth of the points, centred, so that the curve does not lag.

@@ -2,11 +2,14 @@
 
 use super::feed::{Feed, Work};
 use super::plan::Plan;
+use super::resample::Resampled;
 use crate::TensorList;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
+use crate::ops::resize::{self, Interpolation};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
+use crate::profile::{self, stage};
 use crate::{Arena, DType, Device, Error, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
@@ -22,6 +25,9 @@ pub struct Settings {
     pub kept: usize,
     /// Side of the blocks of patches that are masked together.
     pub mask_block: usize,
+    /// How the step resamples images to crops before it reads them: each is then a rectangle as [`resize`] takes it. None:
+    /// crops are cut from the images as they are.
+    pub resize: Option<Interpolation>,
     /// Mean of the colours, RGB on [0, 1].
     pub mean: [f64; 3],
     /// Standard deviation of the colours.
@@ -42,7 +48,7 @@ pub struct Settings {
     pub record: bool,
 }
 
-/// The images of one micro-batch, as [`input`] reads them.
+/// The images of one micro-batch, as [`input`] reads them, or [`resize`] if the settings say so.
 #[derive(Clone, Copy, Debug)]
 pub struct MicroBatch<'a> {
     /// Bytes of all images.
@@ -60,7 +66,8 @@ pub struct MicroBatch<'a> {
 pub struct Inputs<'a> {
     /// `(bytes)` u8: the images, one after another.
     pub images: TensorRef<'a>,
-    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks.
+    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks, or
+    /// [`resize::check_geometry`] if images are resampled.
     pub geometry: TensorRef<'a>,
     /// `(B)` i64: decides each image's mask, with seed and epoch.
     pub samples: TensorRef<'a>,
@@ -123,6 +130,7 @@ pub struct Trainer {
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
+    resampled: Option<Resampled>,
     /// Pixels of the whole crops, and the filter over them, if the target is filtered.
     filtered: Option<(Tensor, Filter)>,
     pixel_dtype: DType,
@@ -188,7 +196,7 @@ impl Trainer {
         };
         plan.expect_room()?;
         let (images, memory_bytes) = (settings.micro_batch, plan.bytes(settings.micro_batch));
-        let ((acts, target, pixels), _) =
+        let ((acts, target, pixels, resampled), _) =
             Arena::build(&dev, "activations", |arena| plan.activations(arena, images))?;
         let ((scratch, scalars, workspace), _) =
             Arena::build(&dev, "workspace", |arena| plan.workspace(arena, images))?;
@@ -208,6 +216,7 @@ impl Trainer {
             acts,
             scratch,
             target,
+            resampled,
             filtered: pixels.zip(filter),
             pixel_dtype,
             exact,
@@ -223,6 +232,9 @@ impl Trainer {
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        if let Some(resampled) = &mut trainer.resampled {
+            resampled.place(&trainer.dev)?;
+        }
         // What there is to tell before the first update.
         let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
         trainer.dev.clear(norm.view_mut())?;
@@ -246,6 +258,11 @@ impl Trainer {
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.dev
+    }
+
+    /// Whether, on a GPU, a step's work is recorded once and then run again as a whole.
+    pub(super) fn records(&self) -> bool {
+        self.settings.record
     }
 
     /// What the last forward pass left: masks and prediction among it.
@@ -313,12 +330,16 @@ impl Trainer {
             return Err(Error::invalid("micro_batches", "is 0; a step has at least one"));
         }
         self.forwarded = false;
+        let _forward = stage("forward", None);
         if let Device::Cpu(_) = self.dev {
             self.enqueue_forward(batch, micro_batches)?;
         } else {
             let mut feed = self.take_feed(batch, micro_batches)?;
-            let side = self.mae.config().image_size;
-            let done = feed.fill(&self.dev, batch, side).and_then(|()| {
+            let judge = |rows: &[input::Geometry], bytes| match self.resampled {
+                Some(_) => resize::check_geometry(rows, bytes),
+                None => input::check_geometry(rows, bytes, self.mae.config().image_size),
+            };
+            let done = feed.fill(&self.dev, batch, judge).and_then(|()| {
                 let enqueue = |step: &mut Self| step.enqueue_forward(feed.inputs(), micro_batches);
                 self.run(|step| &mut step.forward_work, enqueue)
             });
@@ -347,13 +368,16 @@ impl Trainer {
         Feed::new(&self.home, self.settings.micro_batch, bytes)
     }
 
-    /// Does a piece of a step: on a GPU as recorded work, if the settings say so.
+    /// Does a piece of a step: on a GPU as recorded work, if the settings say so and nobody asks what its ops take.
     fn run(
         &mut self,
         work: impl Fn(&mut Self) -> &mut Work,
         enqueue: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let Device::Cuda(gpu) = self.dev.clone() else { return enqueue(self) };
+        let gpu = match self.dev.clone() {
+            Device::Cuda(gpu) if !profile::is_collecting() => gpu,
+            _ => return enqueue(self),
+        };
         let (mut taken, record) = (std::mem::take(work(self)), self.settings.record);
         let done = taken.run(&gpu, record, || enqueue(self));
         *work(self) = taken;
@@ -364,6 +388,7 @@ impl Trainer {
     fn enqueue_forward(&mut self, inputs: Inputs<'_>, micro_batches: usize) -> Result<()> {
         let Self { dev, settings, acts, scratch, scalars, workspace, .. } = self;
         let patch_size = self.mae.config().patch_size;
+        let input_stage = stage("input", None);
         // Which patches the encoder sees.
         random_masking::forward(
             dev,
@@ -380,6 +405,11 @@ impl Trainer {
                 workspace: workspace.view_mut(),
             },
         )?;
+        // Rectangles to crops.
+        let (images, geometry) = match &mut self.resampled {
+            Some(resampled) => resampled.forward(dev, inputs.images, inputs.geometry)?,
+            None => (inputs.images, inputs.geometry),
+        };
         // Bytes to patches, and to what the loss will compare with.
         input::forward(
             dev,
@@ -392,8 +422,8 @@ impl Trainer {
                         ids_masked: acts.ids_predicted.view(),
                     },
                 },
-                images: inputs.images,
-                geometry: inputs.geometry,
+                images,
+                geometry,
                 ids_keep: acts.ids_keep.view(),
                 mean: settings.mean,
                 std: settings.std,
@@ -417,6 +447,7 @@ impl Trainer {
                 },
             )?;
         }
+        drop(input_stage);
         self.mae.forward(dev, acts, workspace)?;
         masked_mse_loss::forward_backward(
             dev,
@@ -441,6 +472,7 @@ impl Trainer {
             let why = "finds no activations; each is for one forward_loss, which comes before it";
             return Err(Error::invalid("backward", why));
         }
+        let _backward = stage("backward", None);
         self.run(
             |step| &mut step.backward_work,
             |Self { dev, mae, acts, grads, scratch, workspace, .. }| {
@@ -464,6 +496,7 @@ impl Trainer {
     /// # Errors
     /// Those of the ops.
     pub fn enqueue_update(&mut self, lr: TensorRef<'_>) -> Result<()> {
+        let _update = stage("update", None);
         self.dev.copy(self.scalars.lr.view_mut(), lr)?;
         self.run(|step| &mut step.update_work, Self::enqueue_adamw)
     }

@@ -48,6 +48,7 @@ pub(crate) fn settings(micro_batch: usize) -> Settings {
         norm_pix: true,
         kept: 4,
         mask_block: 1,
+        resize: None,
         mean: [0.485, 0.456, 0.406],
         std: [0.229, 0.224, 0.225],
         betas: [0.9, 0.95],

@@ -6,8 +6,11 @@
 #![cfg(pixmim_simt)]
 
 use pixmim::cuda::SimtOptions;
+use pixmim::data::Image;
+use pixmim::data::resize::{Rect, resize};
 use pixmim::model::MaeConfig;
 use pixmim::ops::input::Geometry;
+use pixmim::ops::resize::Interpolation::Bicubic;
 use pixmim::rng::{Purpose, Stream};
 use pixmim::train::step::{MicroBatch, Outcome, Settings, Trainer};
 use pixmim::{DType, Device, Error, Gpu};
@@ -34,6 +37,7 @@ fn settings() -> Settings {
         norm_pix: true,
         kept: 4,
         mask_block: 1,
+        resize: None,
         mean: [0.485, 0.456, 0.406],
         std: [0.229, 0.224, 0.225],
         betas: [0.9, 0.95],
@@ -229,6 +233,67 @@ fn a_batch_that_outgrows_the_recorded_one_is_recorded_anew() {
         (outcomes, state(&trainer))
     };
     assert!(run(true) == run(false));
+}
+
+/// The images of [`images_with_margin`], whole, to be resampled; and the same as crops that the host has resampled.
+fn rectangles_and_crops(first: usize, margin: usize) -> [Images; 2] {
+    let mut rectangles = images_with_margin(first, margin);
+    let mut crops = Images { bytes: vec![], geometry: vec![], samples: rectangles.samples.clone() };
+    let side = NET.image_size;
+    for row in rectangles.geometry.as_chunks_mut::<6>().0 {
+        let [offset, height, width, top, left, flip] = row;
+        (*top, *left) = (0, 0);
+        let (height, width) = (*height as usize, *width as usize);
+        let pixels = rectangles.bytes[*offset as usize..][..3 * height * width].to_vec();
+        let image = Image { height, width, pixels: pixels.into() };
+        let crop = resize(&image, Rect::whole(&image), (side, side), Bicubic);
+        crops.geometry.extend([crops.bytes.len() as i64, side as i64, side as i64, 0, 0, *flip]);
+        crops.bytes.extend_from_slice(&crop.pixels);
+    }
+    [rectangles, crops]
+}
+
+#[test]
+fn images_resampled_on_the_device_give_the_bits_of_images_resampled_on_the_host() {
+    let run = |dev: Device, dtype, radius, on_device: bool| {
+        let settings = Settings { radius, resize: on_device.then_some(Bicubic), ..settings() };
+        let mut trainer = trainer(dev, dtype, settings);
+        // Recorded, run again, and recorded anew for larger images.
+        for (number, margin) in [0, 0, 9, 60].into_iter().enumerate() {
+            let [rectangles, crops] = rectangles_and_crops(number * MICRO_BATCH, margin);
+            let images = if on_device { rectangles } else { crops };
+            let batch = MicroBatch {
+                images: &images.bytes,
+                geometry: &images.geometry,
+                samples: &images.samples,
+                epoch: 0,
+            };
+            trainer.accumulate(batch, 1).unwrap();
+            assert!(trainer.update(1e-3).unwrap().updated);
+            trainer.clear().unwrap();
+        }
+        state(&trainer)
+    };
+    for radius in [None, settings().radius] {
+        assert!(run(gpu(0), DType::Bf16, radius, true) == run(gpu(0), DType::Bf16, radius, false));
+    }
+    let on_cpu = |on_device| run(Device::cpu(), DType::F32, None, on_device);
+    assert!(on_cpu(true) == on_cpu(false));
+}
+
+#[test]
+fn rectangles_that_are_to_be_cropped_besides_are_refused_before_they_are_copied() {
+    let mut trainer =
+        trainer(gpu(0), DType::Bf16, Settings { resize: Some(Bicubic), ..settings() });
+    let images = images(0);
+    let batch = MicroBatch {
+        images: &images.bytes,
+        geometry: &images.geometry,
+        samples: &images.samples,
+        epoch: 0,
+    };
+    let why = trainer.accumulate(batch, 1).unwrap_err().to_string();
+    assert!(why.starts_with("`resize::forward: geometry` of image 0 does not fit"), "{why}");
 }
 
 #[test]

@@ -33,6 +33,8 @@ fn products_are_two_operations_a_term() {
     let bytes = 2 * (21 + 15 + 35 + 15) + 4 * 2 * (35 + 7);
     assert_eq!(linear_backward(Bf16, [3, 5, 7], false), cost(bytes, 2 * 210));
     assert_eq!(linear_backward(Bf16, [3, 5, 7], true), cost(bytes + 2 * 15, 420));
+    let bytes = 2 * (21 + 15) + 4 * 2 * (35 + 7);
+    assert_eq!(linear_backward_parameters(Bf16, [3, 5, 7]), cost(bytes, 210));
     // 2 images of 3 kept patches of 4, of 12 numbers each, to width 5: patches, weight, bias, class token, positions,
     // tokens.
     let numbers = 72 + 60 + 5 + 5 + 25 + 40;
@@ -69,6 +71,8 @@ fn moves_of_tokens_count_their_ids() {
 
 #[test]
 fn images_are_counted_as_crops() {
+    // 2 crops of 7 x 7 from 5 x 6 and 8 x 9 pixels.
+    assert_eq!(resize_forward([2, 7], 30 + 72), cost(3 * 102 + 3 * 98 + 2 * 6 * 8, 0));
     // 2 images of 6 x 6 in patches of 2: 9 patches of 12 numbers, 4 kept. 216 bytes in all.
     let common = 216 + 2 * 6 * 8 + 4 * 8 + 4 * 96;
     let sizes = [2, 6, 2, 4];

@@ -18,6 +18,7 @@ use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
 use super::state::Snapshot;
 use super::step::{MicroBatch, Outcome, Settings, Trainer};
+use super::timing::StepProfile;
 use super::{StepRecord, checkpoint, cost, peaks};
 use crate::data::loader::{Loader, LoaderConfig};
 use crate::data::source::Source;
@@ -50,6 +51,8 @@ pub struct Options {
     pub overwrite: bool,
     /// Measure some steps, write nothing.
     pub dry_run: bool,
+    /// Measure where the time of a step goes, before the first one. Changes no bit of the run.
+    pub profile: bool,
     /// The run's name, for its report and journals: "demo, pixmim".
     pub title: String,
     /// The command line, for the report; may be empty.
@@ -128,6 +131,8 @@ pub enum Event<'a> {
         /// Whether this step stands in the metrics too.
         logged: bool,
     },
+    /// Where the time of a step goes, and the folder that has it; none in a dry run.
+    Profile(&'a StepProfile, Option<&'a Path>),
     /// A picture was written.
     Picture(&'a Path),
     /// A checkpoint was written.
@@ -235,6 +240,17 @@ pub fn run(
     };
     tell(Event::Start(&plan));
     let records = dir.map(|dir| Records::open(dir, config, options, &plan)).transpose()?;
+    let last = if options.dry_run { DRY_STEPS.min(planned) } else { planned };
+    // Before the loader's threads, which would take from it.
+    if options.profile && state.step < last {
+        let loader = Loader::new(source.clone(), loader_config(config, &resolved), state.step)?;
+        if let Some(profile) =
+            pool.install(|| profile(&mut trainer, loader, micro_batches, stop))?
+        {
+            let folder = records.as_ref().map(|records| records.profile(&profile)).transpose()?;
+            tell(Event::Profile(&profile, folder.as_deref()));
+        }
+    }
     let mut run = Run {
         config,
         stop,
@@ -245,7 +261,7 @@ pub fn run(
         trainer,
         state,
         schedule,
-        last: if options.dry_run { DRY_STEPS.min(planned) } else { planned },
+        last,
         micro_batches,
         records,
         saved_step: resumed_from,
@@ -272,6 +288,7 @@ pub fn settings(config: &Config, resolved: &Resolved) -> Settings {
         norm_pix: config.method.norm_pix,
         kept: config.kept_patches(),
         mask_block: config.method.mask_block,
+        resize: None,
         mean: config.data.mean,
         std: config.data.std,
         betas: config.optim.betas,
@@ -284,7 +301,31 @@ pub fn settings(config: &Config, resolved: &Resolved) -> Settings {
     }
 }
 
-fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
+/// Profiles the step of a loader's first micro-batch. `None` if `stop` turned true.
+fn profile(
+    trainer: &mut Trainer,
+    mut loader: Loader,
+    micro_batches: usize,
+    stop: &AtomicBool,
+) -> Result<Option<StepProfile>> {
+    let Some(batch) = loader.next(stop)? else { return Ok(None) };
+    drop(loader);
+    StepProfile::take(trainer, micro_batch(&batch), micro_batches, None, stop)
+}
+
+/// A loaded batch as the trainer takes it.
+fn micro_batch(batch: &loader::Batch) -> MicroBatch<'_> {
+    MicroBatch {
+        images: &batch.images,
+        geometry: bytemuck::cast_slice(&batch.geometry),
+        samples: &batch.samples,
+        epoch: batch.epoch,
+    }
+}
+
+/// The batches that a config describes.
+#[must_use]
+pub fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
     LoaderConfig {
         image_size: config.model.image_size,
         crop: config.method.crop,
@@ -391,12 +432,7 @@ impl Run<'_> {
                 }
             }
             samples.extend_from_slice(&batch.samples);
-            let micro = MicroBatch {
-                images: &batch.images,
-                geometry: bytemuck::cast_slice(&batch.geometry),
-                samples: &batch.samples,
-                epoch: batch.epoch,
-            };
+            let micro = micro_batch(&batch);
             self.pool.install(|| self.trainer.accumulate(micro, self.micro_batches))?;
             self.loader.recycle(batch);
             if self.stop.load(Ordering::Relaxed) {

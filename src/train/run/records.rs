@@ -11,6 +11,7 @@ use crate::train::metrics::{self, BadImage, BadImages, Metrics, Notice, Notices}
 use crate::train::pictures::Picture;
 use crate::train::report::{self, Report};
 use crate::train::tensorboard::EventFile;
+use crate::train::timing::{self, StepProfile};
 use crate::train::{StepRecord, timeline};
 use crate::{Error, Result};
 
@@ -127,6 +128,13 @@ impl Records {
         Ok(path)
     }
 
+    /// Writes the profile of a step; its folder.
+    pub(super) fn profile(&self, profile: &StepProfile) -> Result<PathBuf> {
+        let folder = self.dir.join(timing::FOLDER);
+        profile.write(&folder)?;
+        Ok(folder)
+    }
+
     /// Waits until everything is on the disk: a checkpoint must not be ahead of its journals.
     pub(super) fn sync(&mut self) -> Result<()> {
         self.metrics.sync()?;
@@ -146,6 +154,7 @@ impl Records {
         // A rewound run draws later ones anew.
         pictures.retain(|picture| picture.step <= state.step);
         let timeline = timeline::write(&self.dir, &pictures, TIMELINE_IMAGES)?;
+        let profile = self.dir.join(timing::FOLDER).join(timing::DRAWING);
         report::write(
             &self.dir,
             &Report {
@@ -159,6 +168,7 @@ impl Records {
                 records: &metrics::read::<StepRecord>(&self.dir)?,
                 pictures: &pictures,
                 timeline: timeline.as_deref(),
+                profile: Some(profile.as_path()).filter(|path| path.is_file()),
                 notices: &metrics::read::<Notice>(&self.dir)?,
                 bad_images: &metrics::read::<BadImage>(&self.dir)?,
                 facts: &self.facts,
