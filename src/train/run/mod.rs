@@ -19,10 +19,11 @@ use super::schedule::Schedule;
 use super::state::Snapshot;
 use super::step::{MicroBatch, Outcome, Settings, Trainer};
 use super::timing::StepProfile;
-use super::{StepRecord, checkpoint};
+use super::{StepRecord, checkpoint, peaks};
 use crate::data::loader::{Loader, LoaderConfig};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
+use crate::ops::cost::Peaks;
 use crate::{Error, Result};
 
 use gallery::Gallery;
@@ -157,6 +158,9 @@ pub fn run(
         .num_threads(resolved.compute_threads)
         .build()
         .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
+    // While the memory is free.
+    let peaks = options.profile.then(|| pool.install(|| peaks::measure(&device, dtype)));
+    let peaks = peaks.transpose()?;
     let mut trainer =
         pool.install(|| Trainer::new(device, config.model, dtype, settings(config, &resolved)))?;
 
@@ -205,10 +209,10 @@ pub fn run(
     let records = dir.map(|dir| Records::open(dir, config, options, &plan)).transpose()?;
     let last = if options.dry_run { DRY_STEPS.min(planned) } else { planned };
     // Before the loader's threads, which would take from it.
-    if options.profile && state.step < last {
+    if let (Some(peaks), true) = (peaks, state.step < last) {
         let loader = Loader::new(source.clone(), loader_config(config, &resolved), state.step)?;
         if let Some(profile) =
-            pool.install(|| profile(&mut trainer, loader, micro_batches, stop))?
+            pool.install(|| profile(&mut trainer, loader, micro_batches, peaks, stop))?
         {
             let folder = records.as_ref().map(|records| records.profile(&profile)).transpose()?;
             tell(Event::Profile(&profile, folder.as_deref()));
@@ -266,11 +270,12 @@ fn profile(
     trainer: &mut Trainer,
     mut loader: Loader,
     micro_batches: usize,
+    peaks: Peaks,
     stop: &AtomicBool,
 ) -> Result<Option<StepProfile>> {
     let Some(batch) = loader.next(stop)? else { return Ok(None) };
     drop(loader);
-    StepProfile::take(trainer, micro_batch(&batch), micro_batches, None, stop)
+    StepProfile::take(trainer, micro_batch(&batch), micro_batches, Some(peaks), stop)
 }
 
 /// A loaded batch as the trainer takes it.
