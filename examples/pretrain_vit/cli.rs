@@ -19,6 +19,7 @@ Examples:
   pretrain_vit                                           the demo: bundled photos, 1 to 2 minutes
   pretrain_vit --preset tiny --data cifar-10-batches-bin
   pretrain_vit --preset base --data ~/photos --dry-run   images/s, memory and time; writes nothing
+  pretrain_vit --preset base --data ~/photos --dry-run --profile   and where the time of a step goes
   pretrain_vit --method mae --steps 2000 --set optim.lr=5e-4
   pretrain_vit --resume                                  goes on with the newest run under runs/
   pretrain_vit doctor                                    what was found here, and what to do next
@@ -45,10 +46,13 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Tell what was found on this machine, what is missing, and what to type next.
     Doctor,
+    /// Time each stage of the data path on the images of --data, and say what would make it faster.
+    BenchData(Recipe),
 }
 
+/// What is computed, and on what.
 #[derive(Debug, Args)]
-pub(crate) struct Train {
+pub(crate) struct Recipe {
     /// Sizes and recipe to start from [default: demo].
     #[arg(long, value_name = "NAME", hide_default_value = true)]
     #[arg(value_parser = PossibleValuesParser::new(PRESETS.map(|(name, _)| name)))]
@@ -71,6 +75,12 @@ pub(crate) struct Train {
     #[arg(long, value_name = "NAME")]
     #[arg(value_parser = PossibleValuesParser::new(["auto", "cpu", "cuda", "simt"]))]
     device: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    #[command(flatten)]
+    recipe: Recipe,
     /// Folder of the run [default: runs/<date>_<time>_<preset>_<method>, in UTC].
     #[arg(long, value_name = "FOLDER")]
     out: Option<String>,
@@ -90,6 +100,10 @@ pub(crate) struct Train {
     /// Measure some steps; tell speed, memory and the time it would take; write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Before the first step, tell where the time of a step goes: each op's share, rates and calls. Written to the run's
+    /// profile/, and shown in its report; with --dry-run only told. The run itself stays the same, bit for bit.
+    #[arg(long)]
+    profile: bool,
     /// Replace the run that --out holds.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
@@ -157,6 +171,7 @@ impl Train {
             resume,
             overwrite: self.overwrite,
             dry_run: self.dry_run,
+            profile: self.profile,
             title: format!("{name}, {}", config.method_name()),
             command: words.join(" "),
         };
@@ -165,6 +180,52 @@ impl Train {
 
     /// The layers of the config, over the config file of an earlier run if there is one.
     fn layers(&self, base: Option<&Path>) -> Result<Layers> {
+        let of_the_run = [
+            ("--out", "log.out", &self.out),
+            ("--steps", "schedule.steps", &self.steps),
+            ("--epochs", "schedule.epochs", &self.epochs),
+            ("--seed", "runtime.seed", &self.seed),
+        ];
+        self.recipe.layers(base, &of_the_run)
+    }
+
+    /// The bundled photos are for the demo and for measuring; a long run on 64 photos would be a mistake.
+    fn bundled_photos(&self) -> Result<PathBuf> {
+        match self.recipe.preset.as_deref() {
+            None | Some("demo") => Ok(PHOTOS.into()),
+            Some(_) if self.dry_run => Ok(PHOTOS.into()),
+            Some(preset) => Err(Error::config(
+                "--data",
+                format!("not given, and preset {preset} needs images; give --data FOLDER"),
+            )),
+        }
+    }
+
+    /// What the run is called after: the preset, the config file, or the folder of the run that goes on.
+    fn name<'a>(&'a self, base: Option<&'a Path>) -> &'a str {
+        let file = || self.recipe.config.as_deref()?.file_stem()?.to_str();
+        let run = || base?.parent()?.file_name()?.to_str();
+        self.recipe.preset.as_deref().or_else(file).or_else(run).unwrap_or("demo")
+    }
+}
+
+impl Recipe {
+    /// The config, the bundled photos standing in for data that nobody named.
+    pub(crate) fn config(&self) -> Result<Config> {
+        let mut config = self.layers(None, &[])?.finish()?;
+        if config.data.path.as_os_str().is_empty() {
+            config.data.path = PHOTOS.into();
+        }
+        Ok(config)
+    }
+
+    /// The layers of the config, over the config file of an earlier run if there is one, and under the `options`: each with
+    /// the key that it sets.
+    fn layers(
+        &self,
+        base: Option<&Path>,
+        options: &[(&str, &str, &Option<String>)],
+    ) -> Result<Layers> {
         let mut layers = Layers::new();
         if let Some(base) = base {
             layers.file(base)?;
@@ -186,39 +247,15 @@ impl Train {
             .iter()
             .map(|text| Assignment::parse(text))
             .collect::<Result<Vec<_>>>()?;
-        for (option, key, value) in [
-            ("--data", "data.path", &self.data),
-            ("--device", "runtime.device", &self.device),
-            ("--out", "log.out", &self.out),
-            ("--steps", "schedule.steps", &self.steps),
-            ("--epochs", "schedule.epochs", &self.epochs),
-            ("--seed", "runtime.seed", &self.seed),
-        ] {
+        let own =
+            [("--data", "data.path", &self.data), ("--device", "runtime.device", &self.device)];
+        for &(option, key, value) in own.iter().chain(options) {
             if let Some(value) = value.clone() {
                 assignments.push(Assignment { place: option.into(), key: key.into(), value });
             }
         }
         layers.assign(&assignments)?;
         Ok(layers)
-    }
-
-    /// The bundled photos are for the demo and for measuring; a long run on 64 photos would be a mistake.
-    fn bundled_photos(&self) -> Result<PathBuf> {
-        match self.preset.as_deref() {
-            None | Some("demo") => Ok(PHOTOS.into()),
-            Some(_) if self.dry_run => Ok(PHOTOS.into()),
-            Some(preset) => Err(Error::config(
-                "--data",
-                format!("not given, and preset {preset} needs images; give --data FOLDER"),
-            )),
-        }
-    }
-
-    /// What the run is called after: the preset, the config file, or the folder of the run that goes on.
-    fn name<'a>(&'a self, base: Option<&'a Path>) -> &'a str {
-        let file = || self.config.as_deref()?.file_stem()?.to_str();
-        let run = || base?.parent()?.file_name()?.to_str();
-        self.preset.as_deref().or_else(file).or_else(run).unwrap_or("demo")
     }
 }
 

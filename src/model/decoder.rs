@@ -12,6 +12,7 @@ use super::block::{self, Norm};
 use super::config::LAYER_NORM_EPS;
 use super::params::Table;
 use crate::ops::{add_positions, attention, gather_tokens, layer_norm, linear, restore_tokens};
+use crate::profile::stage;
 use crate::{Device, Result, Tensor, TensorList, TensorRef};
 
 /// From `acts.embedded` and the ids to `acts.pred`.
@@ -48,6 +49,7 @@ pub(super) fn forward(
     )?;
     let count = acts.decoder_blocks.len();
     for (l, ids) in table.decoder_blocks.iter().enumerate() {
+        let _block = stage("block", l);
         let (done, rest) = acts.decoder_blocks.split_at_mut(l);
         let (stream, acts_l) = (stream(done, &acts.decoder_tokens).view(), &mut rest[0]);
         let qkv = if l == 0 {
@@ -147,6 +149,7 @@ impl block::Backward<'_> {
         )?;
         let count = acts.decoder_blocks.len();
         for (l, ids) in table.decoder_blocks.iter().enumerate().rev() {
+            let _block = stage("block", l);
             let inp = stream(&acts.decoder_blocks[..l], &acts.decoder_tokens).view();
             let acts_l = &acts.decoder_blocks[l];
             if l + 1 == count {

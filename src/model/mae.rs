@@ -6,6 +6,7 @@ use super::config::LAYER_NORM_EPS;
 use super::params::{self, Table};
 use super::{MaeConfig, decoder, pos_embed};
 use crate::ops::{cast, layer_norm, linear, patch_embed};
+use crate::profile::stage;
 use crate::{Arena, DType, Device, Result, Tensor, TensorList, TensorRef};
 
 /// Tokens before the first patch: the class token.
@@ -157,6 +158,7 @@ impl Mae {
         let (table, weights) = (&self.table, self.computed());
         let w = |index: usize| weights.view(index);
         let dim = self.config.dim;
+        let encoder = stage("encoder", None);
         patch_embed::forward(
             dev,
             patch_embed::Forward {
@@ -172,7 +174,8 @@ impl Mae {
             },
         )?;
         let mut stream = &acts.tokens;
-        for (ids, acts) in table.blocks.iter().zip(&mut acts.blocks) {
+        for (l, (ids, acts)) in table.blocks.iter().zip(&mut acts.blocks).enumerate() {
+            let _block = stage("block", l);
             block::forward(dev, weights, ids, stream.view(), acts, workspace)?;
             stream = &acts.after.out;
         }
@@ -188,6 +191,8 @@ impl Mae {
                 eps: LAYER_NORM_EPS,
             },
         )?;
+        drop(encoder);
+        let _decoder = stage("decoder", None);
         linear::forward(
             dev,
             linear::Forward {
@@ -216,6 +221,7 @@ impl Mae {
     ) -> Result<()> {
         let (table, weights) = (&self.table, self.computed());
         let mut pass = block::Backward { dev, weights, grads, workspace };
+        let decoder = stage("decoder", None);
         pass.decoder(table, acts, scratch)?;
         let Scratch { rows, encoder, .. } = scratch;
         let (grad_embedded, _) = rows
@@ -228,6 +234,8 @@ impl Mae {
             grad_embedded,
             linear::GradInput::Plain(encoder.grad_branch.view_mut()),
         )?;
+        drop(decoder);
+        let _encoder = stage("encoder", None);
         dev.clear(encoder.grad_stream.view_mut())?;
         pass.norm(
             table.norm,
@@ -240,6 +248,7 @@ impl Mae {
             encoder.grad_stream.view_mut(),
         )?;
         for (l, ids) in table.blocks.iter().enumerate().rev() {
+            let _block = stage("block", l);
             let inp = decoder::stream(&acts.blocks[..l], &acts.tokens).view();
             pass.block(ids, inp, &acts.blocks[l], encoder)?;
         }

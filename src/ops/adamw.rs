@@ -6,7 +6,7 @@
 //! A step whose loss, gradient norm or norm's square is not finite changes nothing: neither parameters nor moments. That
 //! is decided where the numbers are, by [`prepare`], so that a GPU need not wait for the host.
 
-use super::{NOT_NEGATIVE, expect_within, for_real};
+use super::{NOT_NEGATIVE, cost, expect_within, for_real};
 use crate::device::Call;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -73,6 +73,7 @@ pub fn prepare(dev: &Device, args: Prepare<'_>) -> Result<()> {
     args.grad_norm.expect(call, "grad_norm", dtype, &[1])?;
     expect_within(call, "clip", args.clip, NOT_NEGATIVE)?;
     expect_betas(call, args.betas)?;
+    let _span = dev.span("adamw::prepare", cost::Cost::default);
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::prepare::<T>(args)),
         Device::Cuda(gpu) => launch::prepare(gpu, &args)?,
@@ -99,6 +100,9 @@ pub fn update(dev: &Device, args: Update<'_>) -> Result<()> {
     expect_betas(call, args.betas)?;
     expect_within(call, "eps", args.eps, NOT_NEGATIVE)?;
     expect_within(call, "weight_decay", args.weight_decay, NOT_NEGATIVE)?;
+    let _span = dev.span("adamw::update", || {
+        cost::adamw_update(dtype, elems, args.copy.as_ref().map(TensorMut::dtype))
+    });
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::update::<T>(args)),
         Device::Cuda(gpu) => launch::update(gpu, &args)?,

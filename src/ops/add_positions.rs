@@ -4,7 +4,7 @@
 //! `inp[b][1 + k] + pos_embed[1 + ids_keep[b][k]]`. The last L rows, `mask_token + pos_embed[1 + l]`, are the same for all
 //! images: [`super::restore_tokens`] fills the masked places with them.
 
-use super::{expect_ids, expect_nonzero, expect_vectors, for_real, linear};
+use super::{cost, expect_ids, expect_nonzero, expect_vectors, for_real, linear};
 use crate::device::Call;
 use crate::tensor::expect_workspace;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
@@ -51,6 +51,9 @@ pub fn workspace_bytes(dev: &Device, patches: usize, dim: usize) -> usize {
 /// fields say, and on a GPU D is a multiple of 8; [`Error::Invalid`](crate::Error::Invalid) for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("add_positions::forward", || {
+        cost::add_positions_forward(dims.dtype, [dims.images, dims.patches, dims.kept, dims.dim])
+    });
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -64,6 +67,9 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`], and there are no ids; [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dtype = args.check(dev)?;
+    let _span = dev.span("add_positions::backward", || {
+        cost::add_positions_backward(dtype, [0, 1].map(|axis| args.grad_fill.shape()[axis]))
+    });
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::backward::<T>(args)),
         Device::Cuda(gpu) => linear::launch::add_column_sums(

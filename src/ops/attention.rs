@@ -5,7 +5,7 @@
 
 mod launch;
 
-use super::{expect_nonzero, for_real};
+use super::{cost, expect_nonzero, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -67,6 +67,8 @@ pub fn workspace_bytes(
 /// [`Error::Shape`] or [`Error::DType`] unless the arguments are as their fields say; [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span =
+        dev.span("attention::forward", || cost::attention_forward(dims.dtype, dims.shape()));
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, &args, dims)?,
@@ -80,6 +82,8 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span =
+        dev.span("attention::backward", || cost::attention_backward(dims.dtype, dims.shape()));
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
@@ -94,6 +98,13 @@ struct Dims {
     heads: usize,
     head_dim: usize,
     dtype: DType,
+}
+
+impl Dims {
+    /// `[B, T, NH, D]`.
+    fn shape(self) -> [usize; 4] {
+        [self.images, self.tokens, self.heads, self.heads * self.head_dim]
+    }
 }
 
 fn dims(call: Call<'_>, qkv: &TensorRef<'_>, lse: &[usize]) -> Result<Dims> {

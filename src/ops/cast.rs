@@ -1,5 +1,6 @@
 //! Casts between f32 and bf16, to nearest, ties to even; NaN stays NaN.
 
+use super::cost;
 use crate::device::Call;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
@@ -32,6 +33,8 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     };
     args.inp.expect(call, "inp", args.inp.dtype(), args.inp.shape())?;
     args.out.expect(call, "out", to, args.inp.shape())?;
+    let _span =
+        dev.span("cast::forward", || cost::cast_forward([args.inp.dtype(), to], args.inp.elems()));
     match dev {
         Device::Cpu(_) => cpu::forward(args),
         Device::Cuda(gpu) => launch::forward(gpu, args)?,

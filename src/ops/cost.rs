@@ -204,6 +204,14 @@ pub fn linear_backward(dtype: DType, [r, k, n]: [usize; 3], gelu: bool) -> Cost 
         + Cost::product(n, r, k)
 }
 
+/// As [`linear_backward`], without the input's gradient.
+#[must_use]
+pub fn linear_backward_parameters(dtype: DType, [r, k, n]: [usize; 3]) -> Cost {
+    Cost::moves(dtype, r * n + r * k)
+        + Cost::moves(dtype.wide(), 2 * (n * k + n))
+        + Cost::product(n, r, k)
+}
+
 /// Of [`gelu::forward`](super::gelu::forward) over so many elements.
 #[must_use]
 pub fn gelu_forward(dtype: DType, elems: usize) -> Cost {

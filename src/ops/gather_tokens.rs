@@ -2,7 +2,7 @@
 //!
 //! `out[b][m] = inp[b][1 + ids_masked[b][m]]`. Nothing is lost: the gradient of the tokens left out is zero.
 
-use super::{expect_ids, expect_nonzero, expect_vectors, for_real};
+use super::{cost, expect_ids, expect_nonzero, expect_vectors, for_real};
 use crate::device::Call;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
@@ -36,6 +36,9 @@ pub struct Backward<'a> {
 /// [`Error::Invalid`] for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("gather_tokens::forward", || {
+        cost::gather_tokens_forward(dims.dtype, [dims.images, dims.masked, dims.dim])
+    });
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -49,6 +52,9 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("gather_tokens::backward", || {
+        cost::gather_tokens_backward(dims.dtype, [dims.images, dims.patches, dims.masked, dims.dim])
+    });
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,

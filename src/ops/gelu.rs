@@ -1,6 +1,6 @@
 //! GELU in its exact form (Hendrycks and Gimpel 2016, arXiv:1606.08415): `x cdf(x)`, cdf the normal distribution's.
 
-use super::for_real;
+use super::{cost, for_real};
 use crate::device::Call;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -32,6 +32,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let call = Call { op: "gelu::forward", dev };
     let dtype: DType = args.inp.expect_real(call, "inp")?;
     args.out.expect(call, "out", dtype, args.inp.shape())?;
+    let _span = dev.span("gelu::forward", || cost::gelu_forward(dtype, args.inp.elems()));
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
         Device::Cuda(gpu) => {
@@ -51,6 +52,7 @@ pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dtype: DType = args.inp.expect_real(call, "inp")?;
     args.grad_inp.expect(call, "grad_inp", dtype, args.inp.shape())?;
     args.grad_out.expect(call, "grad_out", dtype, args.inp.shape())?;
+    let _span = dev.span("gelu::backward", || cost::gelu_backward(dtype, args.inp.elems()));
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::backward::<T>(args)),
         Device::Cuda(gpu) => {

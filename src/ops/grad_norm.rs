@@ -1,6 +1,6 @@
 //! L2 norm of all gradients: what is logged, clipped by, and asked whether a step may be taken.
 
-use super::for_real;
+use super::{cost, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Result, TensorMut, TensorRef};
@@ -41,6 +41,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     args.grad.expect(call, "grad", dtype, &[elems])?;
     args.norm.expect(call, "norm", dtype, &[1])?;
     expect_workspace(call, &args.workspace, workspace_bytes(dev, elems))?;
+    let _span = dev.span("grad_norm::forward", || cost::grad_norm_forward(dtype, elems));
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
         Device::Cuda(gpu) => launch::forward(gpu, args)?,

@@ -6,6 +6,7 @@
 //!
 //! On a GPU `pixels` holds the bytes themselves, and nobody looks at `geometry` there: see [`check_geometry`].
 
+use super::cost::{self, Cost, InputTarget};
 use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::Call;
 pub use crate::scalar::reflect;
@@ -80,6 +81,7 @@ pub enum Target<'a> {
 /// geometry, id or colour outside its bounds, and for patches of which a GPU's shared memory does not hold a row.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("input::forward", || args.cost(dims));
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -125,6 +127,16 @@ struct Dims {
 }
 
 impl Forward<'_> {
+    fn cost(&self, dims: Dims) -> Cost {
+        let Dims { kept, grid, patch_size, dtype } = dims;
+        let images = self.geometry.shape()[0];
+        let target = match &self.target {
+            Target::Raw { .. } => InputTarget::Raw,
+            Target::Filtered { pixels } => InputTarget::Filtered(pixels.dtype()),
+        };
+        cost::input_forward(dtype, [images, grid * patch_size, patch_size, kept], target)
+    }
+
     fn check(&self, dev: &Device) -> Result<Dims> {
         let call = Call { op: "input::forward", dev };
         let dtype = self.patches.expect_real(call, "patches")?;

@@ -2,7 +2,7 @@
 //!
 //! `out = (inp - mean) * rstd * weight + bias`, `rstd = 1 / sqrt(var + eps)`, biased variance, as `torch.nn.LayerNorm`.
 
-use super::{NOT_NEGATIVE, expect_nonzero, expect_vectors, expect_within, for_real};
+use super::{NOT_NEGATIVE, cost, expect_nonzero, expect_vectors, expect_within, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
@@ -66,6 +66,9 @@ pub fn workspace_bytes(dev: &Device, dtype: DType, rows: usize, dim: usize) -> u
 /// most 8192; [`Error::Invalid`] for a negative `eps` or one that is not finite.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("layer_norm::forward", || {
+        cost::layer_norm_forward(dims.dtype, [dims.rows, dims.dim])
+    });
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -79,6 +82,9 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`]; [`Error::Workspace`] if the workspace is too small.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("layer_norm::backward", || {
+        cost::layer_norm_backward(dims.dtype, [dims.rows, dims.dim])
+    });
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,

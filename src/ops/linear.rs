@@ -2,6 +2,7 @@
 //!
 //! `out = inp weight^T + bias`, then `gelu(..)` or `residual + ..`.
 
+use super::cost::{self, Cost};
 use super::{expect_multiple, expect_nonzero, for_real};
 use crate::device::Call;
 use crate::tensor::expect_workspace;
@@ -86,6 +87,7 @@ pub fn workspace_bytes(dev: &Device, rows: usize, outputs: usize) -> usize {
 /// fields say.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("linear::forward", || args.cost(dims));
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -99,6 +101,7 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("linear::backward", || args.cost(dims));
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
         Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
@@ -144,6 +147,11 @@ fn dims(call: Call<'_>, inp: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<D
 }
 
 impl Forward<'_> {
+    fn cost(&self, Dims { rows, inputs, outputs, dtype }: Dims) -> Cost {
+        let epilogue = !matches!(self.epilogue, Epilogue::None);
+        cost::linear_forward(dtype, [rows, inputs, outputs], epilogue)
+    }
+
     fn check(&self, dev: &Device) -> Result<Dims> {
         let call = Call { op: "linear::forward", dev };
         let dims = dims(call, &self.inp, &self.weight)?;
@@ -163,6 +171,15 @@ impl Forward<'_> {
 }
 
 impl Backward<'_> {
+    fn cost(&self, Dims { rows, inputs, outputs, dtype }: Dims) -> Cost {
+        let shape = [rows, inputs, outputs];
+        match self.grad_inp {
+            GradInput::None => cost::linear_backward_parameters(dtype, shape),
+            GradInput::Plain(_) => cost::linear_backward(dtype, shape, false),
+            GradInput::Gelu { .. } => cost::linear_backward(dtype, shape, true),
+        }
+    }
+
     fn check(&self, dev: &Device) -> Result<Dims> {
         let call = Call { op: "linear::backward", dev };
         let dims = dims(call, &self.inp, &self.weight)?;

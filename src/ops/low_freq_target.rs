@@ -19,6 +19,7 @@
 
 mod launch;
 
+use super::cost::{self, Cost};
 use super::{expect_colours, expect_ids, expect_nonzero, for_real, patch_numbers};
 use crate::device::{Call, Place};
 use crate::tensor::{carve_bytes, expect_workspace};
@@ -209,6 +210,7 @@ pub fn workspace_bytes(
 /// [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dtype = args.check(dev)?;
+    let _span = dev.span("low_freq_target::forward", || args.cost());
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward::<T>(args)),
         Device::Cuda(gpu) => launch::forward(gpu, args)?,
@@ -217,6 +219,15 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 }
 
 impl Forward<'_> {
+    fn cost(&self) -> Cost {
+        let Self { pixels, ids_masked, filter, patch_size, .. } = self;
+        let [images, masked] = [0, 1].map(|axis| ids_masked.shape()[axis]);
+        let kept = (filter.size / patch_size).pow(2).saturating_sub(masked);
+        let shape = [images, filter.size, *patch_size, kept];
+        let dtypes = [pixels.dtype(), self.target.dtype()];
+        cost::low_freq_target_forward(dtypes, shape, filter.radius)
+    }
+
     fn check(&self, dev: &Device) -> Result<DType> {
         let call = Call { op: "low_freq_target::forward", dev };
         let dtype = match (dev, self.pixels.dtype()) {

@@ -4,7 +4,7 @@
 //! `sqrt(var + 1e-6)`, var with `E - 1` below (He et al. 2021, section 4; `norm_pix_loss` of the MAE source). Every image
 //! masks the same number of patches, so this is the sum over masked patches divided by their number.
 
-use super::{FINITE, expect_nonzero, expect_within, for_real};
+use super::{FINITE, cost, expect_nonzero, expect_within, for_real};
 use crate::device::Call;
 pub use crate::scalar::NORM_PIX_EPS;
 use crate::tensor::{carve_bytes, expect_workspace};
@@ -60,6 +60,9 @@ pub fn forward_backward(dev: &Device, args: ForwardBackward<'_>) -> Result<()> {
         ));
     }
     expect_within(call, "scale", args.scale, FINITE)?;
+    let _span = dev.span("masked_mse_loss::forward_backward", || {
+        cost::masked_mse_loss_forward_backward(dtype, [images, masked, numbers])
+    });
     match dev {
         Device::Cpu(_) => for_real!(dtype, T => cpu::forward_backward::<T>(args)),
         Device::Cuda(gpu) => launch::forward_backward(gpu, args)?,

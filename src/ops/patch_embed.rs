@@ -3,6 +3,7 @@
 //! `out[b][0] = cls_token + pos_embed[0]`, `out[b][1 + k] = patches[b][k] weight^T + bias + pos_embed[1 + ids_keep[b][k]]`.
 //! A convolution whose stride is its kernel's side is this product, so masked patches need none (exact).
 
+use super::cost::{self, Cost};
 use super::{expect_ids, expect_nonzero, expect_vectors, for_real};
 use crate::device::Call;
 use crate::tensor::{carve_bytes, expect_workspace};
@@ -69,6 +70,7 @@ pub fn workspace_bytes(
 /// [`Error::Workspace`](crate::Error::Workspace) if the workspace is too small.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("patch_embed::forward", || dims.forward_cost(args.pos_embed.shape()));
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims, *cpu)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -82,6 +84,9 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`]; there are no ids.
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("patch_embed::backward", || {
+        cost::patch_embed_backward(dims.dtype, [dims.images, dims.kept, dims.inputs, dims.dim])
+    });
     match dev {
         Device::Cpu(cpu) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims, *cpu)),
         Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
@@ -96,6 +101,14 @@ struct Dims {
     inputs: usize,
     dim: usize,
     dtype: DType,
+}
+
+impl Dims {
+    /// Of [`forward`], with positions of this shape.
+    fn forward_cost(self, positions: &[usize]) -> Cost {
+        let Self { images, kept, inputs, dim, dtype } = self;
+        cost::patch_embed_forward(dtype, [images, positions[0] - 1, kept, inputs, dim])
+    }
 }
 
 impl Forward<'_> {
@@ -206,7 +219,7 @@ mod cpu {
 
 mod launch {
     use super::{Backward, Dims, Forward};
-    use crate::cuda::{DevPtr, Gpu, Matmul};
+    use crate::cuda::{DevPtr, Epilogue, Gpu, Matmul};
     use crate::ops::linear::launch::{add_column_sums, dense, transposed};
     use crate::ops::{linear, rows};
     use crate::tensor::carve_bytes;
@@ -258,6 +271,7 @@ mod launch {
             out: dense(product.dev_ptr(), dtype, dim),
             bias: None,
             add: None,
+            epilogue: Epilogue::None,
         })?;
         let blocks = rows::blocks(1 + kept);
         let params = PatchEmbedAddBias {
@@ -305,6 +319,7 @@ mod launch {
             out: dense(grad_weight, DType::F32, inputs),
             bias: None,
             add: Some(grad_weight),
+            epilogue: Epilogue::None,
         })?;
         add_column_sums(gpu, args.grad_bias, of_patches, workspace.reborrow())?;
         add_column_sums(gpu, args.grad_cls_token, of_class, workspace)

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::expect_nonzero;
+use super::{cost, expect_nonzero};
 use crate::device::Call;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{carve_bytes, expect_workspace};
@@ -70,6 +70,9 @@ pub fn workspace_bytes(dev: &Device, images: usize, patches: usize) -> usize {
 /// given or more blocks than its shared memory sorts; [`Error::Workspace`].
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("random_masking::forward", || {
+        cost::random_masking_forward([dims.images, dims.patches])
+    });
     match dev {
         Device::Cpu(_) => cpu(args, dims),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,

@@ -4,7 +4,7 @@
 //! else `fill[l]`. What stands at a masked patch depends on its position alone, so whatever the decoder computes of one
 //! token by itself, it computes once for each position and not for each image.
 
-use super::{expect_ids, expect_nonzero, expect_vectors, for_real};
+use super::{cost, expect_ids, expect_nonzero, expect_vectors, for_real};
 use crate::device::Call;
 use crate::{DType, Device, Error, Result, TensorMut, TensorRef};
 
@@ -41,6 +41,8 @@ pub struct Backward<'a> {
 /// [`Error::Invalid`] for an id outside its bounds.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev
+        .span("restore_tokens::forward", || cost::restore_tokens_forward(dims.dtype, dims.shape()));
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::forward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::forward(gpu, args, dims)?,
@@ -54,6 +56,9 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// As [`forward`].
 pub fn backward(dev: &Device, args: Backward<'_>) -> Result<()> {
     let dims = args.check(dev)?;
+    let _span = dev.span("restore_tokens::backward", || {
+        cost::restore_tokens_backward(dims.dtype, dims.shape())
+    });
     match dev {
         Device::Cpu(_) => for_real!(dims.dtype, T => cpu::backward::<T>(args, dims)),
         Device::Cuda(gpu) => launch::backward(gpu, args, dims)?,
@@ -68,6 +73,13 @@ struct Dims {
     patches: usize,
     width: usize,
     dtype: DType,
+}
+
+impl Dims {
+    /// `[B, L, K, W]`.
+    fn shape(self) -> [usize; 4] {
+        [self.images, self.patches, self.kept, self.width]
+    }
 }
 
 fn dims(

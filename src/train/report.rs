@@ -26,12 +26,16 @@ pub struct Report<'a> {
     pub loss: f64,
     /// Images per second.
     pub images_per_s: f64,
+    /// Model FLOPs utilisation, of a measured peak; not a number where times mean nothing.
+    pub mfu: f64,
     /// The logged steps, in order.
     pub records: &'a [StepRecord],
     /// The saved pictures, in order; some of them are shown.
     pub pictures: &'a [Saved],
     /// A strip of reconstructions over time, a PNG file.
     pub timeline: Option<&'a Path>,
+    /// The timeline of a step, an SVG file of [`StepProfile::write`](super::timing::StepProfile::write).
+    pub profile: Option<&'a Path>,
     /// What happened: skipped steps, resumes, warnings.
     pub notices: &'a [Notice],
     /// Images that could not be used.
@@ -79,6 +83,7 @@ fn html(report: &Report<'_>) -> Result<String> {
     summary(&mut page, report);
     timeline(&mut page, report)?;
     curves(&mut page, report);
+    profile(&mut page, report)?;
     pictures(&mut page, report)?;
     events(&mut page, report);
     bad_images(&mut page, report.bad_images);
@@ -102,6 +107,9 @@ fn summary(page: &mut String, report: &Report<'_>) {
         (finite(report.loss, 4), format!("loss, smoothed{from}")),
         (finite(report.images_per_s, speed_decimals(report.images_per_s)), "images/s".into()),
     ];
+    if report.mfu.is_finite() {
+        tiles.push((finite(100.0 * report.mfu, 1), "% of the peak (MFU)".into()));
+    }
     if let Some(scores) = scores {
         let baseline = format!("masked PSNR; {} {}", baseline_name(scores), db(scores.baseline()));
         tiles.push((db(scores.prediction), baseline));
@@ -195,6 +203,10 @@ fn curves(page: &mut String, report: &Report<'_>) {
         chart("Gradient norm", "", false, true, single(logged(|record| record.grad_norm))),
         chart("Throughput", "images/s", false, true, single(logged(|record| record.images_per_s))),
     ];
+    let mfu = logged(|record| 100.0 * record.mfu);
+    if mfu.iter().any(|(_, share)| share.is_finite()) {
+        charts.push(chart("Model FLOPs utilisation", "%", false, true, single(mfu)));
+    }
     if report.pictures.len() > 1 {
         let scored = |value: fn(&Scores) -> f64| -> Vec<(f64, f64)> {
             report.pictures.iter().map(|p| (p.step as f64, value(&p.scores))).collect()
@@ -216,6 +228,20 @@ fn curves(page: &mut String, report: &Report<'_>) {
             "<p class=\"soft\">A triangle at the foot marks a skipped step, a dotted line a resume.</p>\n",
         );
     }
+}
+
+fn profile(page: &mut String, report: &Report<'_>) -> Result<()> {
+    let Some(path) = report.profile else { return Ok(()) };
+    let svg = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    // Of use to a file by itself only.
+    let svg = svg.replacen(" xmlns=\"http://www.w3.org/2000/svg\"", "", 1);
+    let _ = write!(
+        page,
+        "<h2>Profile</h2>\n<figure>{svg}<figcaption>One micro-batch and one update, before the first step. Point at a bar \
+         for its time. profile/step.csv has the figures of each op; profile/trace.json opens in ui.perfetto.dev.\
+         </figcaption></figure>\n"
+    );
+    Ok(())
 }
 
 /// Mean of the finite values over a twenty-fifth of the points, centred, so that the curve does not lag.

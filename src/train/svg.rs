@@ -181,7 +181,7 @@ impl Chart<'_> {
 }
 
 /// Values to places along one side of a chart.
-struct Axis {
+pub(super) struct Axis {
     low: f64,
     high: f64,
     from: f64,
@@ -192,12 +192,18 @@ struct Axis {
 }
 
 impl Axis {
-    fn new((low, high): (f64, f64), from: f64, to: f64, log: bool, least_step: f64) -> Self {
+    pub(super) fn new(
+        (low, high): (f64, f64),
+        from: f64,
+        to: f64,
+        log: bool,
+        least_step: f64,
+    ) -> Self {
         let high = if high > low { high } else { low + 1.0 };
         Self { low, high, from, to, log, least_step }
     }
 
-    fn place(&self, value: f64) -> f64 {
+    pub(super) fn place(&self, value: f64) -> f64 {
         let share = if self.log {
             (value / self.low).ln() / (self.high / self.low).ln()
         } else {
@@ -211,7 +217,7 @@ impl Axis {
     }
 
     /// Round values inside the axis, about `count`, with their labels.
-    fn ticks(&self, count: usize) -> Vec<(f64, String)> {
+    pub(super) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
         let log_ticks = if self.log { self.log_ticks(count) } else { Vec::new() };
         if log_ticks.len() > 2 {
             return log_ticks

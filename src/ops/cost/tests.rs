@@ -33,6 +33,8 @@ fn products_are_two_operations_a_term() {
     let bytes = 2 * (21 + 15 + 35 + 15) + 4 * 2 * (35 + 7);
     assert_eq!(linear_backward(Bf16, [3, 5, 7], false), cost(bytes, 2 * 210));
     assert_eq!(linear_backward(Bf16, [3, 5, 7], true), cost(bytes + 2 * 15, 420));
+    let bytes = 2 * (21 + 15) + 4 * 2 * (35 + 7);
+    assert_eq!(linear_backward_parameters(Bf16, [3, 5, 7]), cost(bytes, 210));
     // 2 images of 3 kept patches of 4, of 12 numbers each, to width 5: patches, weight, bias, class token, positions,
     // tokens.
     let numbers = 72 + 60 + 5 + 5 + 25 + 40;

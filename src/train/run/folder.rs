@@ -10,12 +10,13 @@ use crate::train::files::write_atomic;
 use crate::{Error, Result};
 
 /// What a run leaves in its folder, beside `config.toml` and the event files. Nothing else is ever deleted.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "metrics.jsonl",
     "bad_images.jsonl",
     "notices.jsonl",
     "timeline.png",
     "report.html",
+    "profile",
     "viz",
     "ckpt",
     "dump",

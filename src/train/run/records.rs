@@ -11,6 +11,7 @@ use crate::train::metrics::{self, BadImage, BadImages, Metrics, Notice, Notices}
 use crate::train::pictures::Picture;
 use crate::train::report::{self, Report};
 use crate::train::tensorboard::EventFile;
+use crate::train::timing::{self, StepProfile};
 use crate::train::{StepRecord, timeline};
 use crate::{Error, Result};
 
@@ -45,8 +46,19 @@ impl Records {
         let (title, step) = (options.title.as_str(), plan.resumed_from);
         let bad_images = BadImages::open(&dir, title, step)?;
         let known_bad = metrics::read::<BadImage>(&dir)?.into_iter().map(|bad| bad.name).collect();
+        let peak = plan.peak.map_or_else(
+            || "not measured: the host executor's times mean nothing".into(),
+            |peak| {
+                format!(
+                    "{:.3} TFLOP/s in a product of {side} x {side}",
+                    peak.flops_per_s / 1e12,
+                    side = peak.side
+                )
+            },
+        );
         let facts = vec![
             ("device", plan.device.clone()),
+            ("peak", peak),
             ("batch", plan.batch.clone()),
             ("data", format!("{} images: {}", plan.images, plan.source)),
             ("parameters", plan.parameters.to_string()),
@@ -80,13 +92,16 @@ impl Records {
 
     pub(super) fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.metrics.write(record)?;
-        let curves = [
+        let mut curves = vec![
             ("train/loss", record.loss),
             ("train/lr", record.lr),
             ("train/grad_norm", record.grad_norm),
             ("speed/images_per_s", record.images_per_s),
             ("speed/data_wait", record.data_wait),
         ];
+        if record.mfu.is_finite() {
+            curves.extend([("speed/tflop_per_s", record.tflop_per_s), ("speed/mfu", record.mfu)]);
+        }
         self.events.scalars(record.step, &curves)
     }
 
@@ -113,6 +128,13 @@ impl Records {
         Ok(path)
     }
 
+    /// Writes the profile of a step; its folder.
+    pub(super) fn profile(&self, profile: &StepProfile) -> Result<PathBuf> {
+        let folder = self.dir.join(timing::FOLDER);
+        profile.write(&folder)?;
+        Ok(folder)
+    }
+
     /// Waits until everything is on the disk: a checkpoint must not be ahead of its journals.
     pub(super) fn sync(&mut self) -> Result<()> {
         self.metrics.sync()?;
@@ -126,12 +148,13 @@ impl Records {
         status: &str,
         state: &State,
         planned: u64,
-        images_per_s: f64,
+        [images_per_s, mfu]: [f64; 2],
     ) -> Result<PathBuf> {
         let mut pictures = timeline::list(&self.dir.join("viz"))?;
         // A rewound run draws later ones anew.
         pictures.retain(|picture| picture.step <= state.step);
         let timeline = timeline::write(&self.dir, &pictures, TIMELINE_IMAGES)?;
+        let profile = self.dir.join(timing::FOLDER).join(timing::DRAWING);
         report::write(
             &self.dir,
             &Report {
@@ -141,9 +164,11 @@ impl Records {
                 planned,
                 loss: state.smoothed_loss,
                 images_per_s,
+                mfu,
                 records: &metrics::read::<StepRecord>(&self.dir)?,
                 pictures: &pictures,
                 timeline: timeline.as_deref(),
+                profile: Some(profile.as_path()).filter(|path| path.is_file()),
                 notices: &metrics::read::<Notice>(&self.dir)?,
                 bad_images: &metrics::read::<BadImage>(&self.dir)?,
                 facts: &self.facts,
