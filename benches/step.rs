@@ -1,15 +1,17 @@
 //! The whole training step, as `examples/step_speed` times it: from bytes in the host's memory until loss and norm
 //! are back.
 
-use pixmim::model::activations::Batch;
+use pixmim::Device;
 use pixmim::model::params::Table;
-use pixmim::ops::cost::{self, Cost, InputTarget};
+use pixmim::train::cost;
 use pixmim::train::step::Trainer;
-use pixmim::{DType, Device};
 
 use crate::report::Row;
 use crate::workload::{self, Images, Precision, Workload};
 use crate::{Bench, PRECISIONS, name};
+
+/// Images at a time, if that many fit: more are accumulated.
+const MOST_IMAGES: usize = 1024;
 
 pub(crate) fn bench(bench: &mut Bench) {
     for (place, network) in bench.networks.clone().into_iter().enumerate() {
@@ -21,6 +23,7 @@ pub(crate) fn bench(bench: &mut Bench) {
 }
 
 fn step(bench: &mut Bench, mut network: Workload, precision: Precision) {
+    network.images = network.images.min(MOST_IMAGES);
     if bench.only_tried {
         (network.config.depth, network.config.decoder_depth) = (1, 1);
     }
@@ -55,29 +58,9 @@ fn step(bench: &mut Bench, mut network: Workload, precision: Precision) {
             precision: name(precision),
             took,
             images_per_second: Some(network.images as f64 / took.as_secs_f64()),
-            cost: Some(cost(&network, dtype, trainer.pixel_dtype())),
+            cost: Some(cost::step(&trainer, 1)),
         });
     }
-}
-
-/// Of a step of one micro-batch.
-fn cost(w: &Workload, dtype: DType, pixels: DType) -> Cost {
-    let (images, kept, config) = (w.images, w.kept(), &w.config);
-    let masked = config.patches() - kept;
-    let batch = Batch { images, kept, predicted: masked };
-    let sizes = [images, config.image_size, config.patch_size, kept];
-    let parameters = Table::new(config).parameters();
-    let rounded = (dtype != dtype.wide()).then_some(dtype);
-    let parts = [
-        cost::random_masking_forward([images, config.patches()]),
-        cost::input_forward(dtype, sizes, InputTarget::Filtered(pixels)),
-        cost::low_freq_target_forward([pixels, dtype.wide()], sizes, w.radius()),
-        pixmim::model::cost::forward_backward(config, batch, dtype),
-        cost::masked_mse_loss_forward_backward(dtype, [images, masked, config.patch_numbers()]),
-        cost::grad_norm_forward(dtype.wide(), parameters),
-        cost::adamw_update(dtype.wide(), parameters, rounded),
-    ];
-    parts.into_iter().sum()
 }
 
 /// What Linux could give a program without swapping.

@@ -24,6 +24,7 @@ fn main() -> Result<()> {
         norm_pix: true,
         kept: 16, // of 64 patches
         mask_block: 1,
+        resize: None,
         mean: [0.5; 3],
         std: [0.25; 3],
         betas: [0.9, 0.95],

@@ -8,7 +8,7 @@
 // four neighbours at a time, so that a warp stores 128 bytes of a plane, 256 of bf16 patches, or 512 of f32 ones.
 //
 // Bytes: an image's crop once (3 S S and the ends of rows), 3 S S of planes or 4 M E of target, and K E of T.
-#include "common/ptx.cuh"
+#include "common/images.cuh"
 
 struct InputForward {
   Global<void> patches;             // (B, K, E) in T: (channel, row, column)
@@ -30,24 +30,6 @@ static_assert(sizeof(InputForward) == 128 && offsetof(InputForward, unused) == 1
 
 namespace input {
 
-// An image and its crop: a row of `geometry`, as `Geometry` in src/ops/input.rs.
-struct Geometry {
-  int64_t offset;
-  int32_t height, width, top, left;
-  bool flip;
-
-  DEV Geometry(Global<const int64_t> rows, int64_t image) {
-    const Vec<int64_t, 2> a = load_vec<2>(rows, 6 * image), b = load_vec<2>(rows, 6 * image + 2),
-                          c = load_vec<2>(rows, 6 * image + 4);
-    offset = a[0];
-    height = (int32_t)a[1];
-    width = (int32_t)b[0];
-    top = (int32_t)b[1];
-    left = (int32_t)c[0];
-    flip = c[1] != 0;
-  }
-};
-
 DEV int32_t reflect(int32_t i, int32_t n) {
   i = i < 0 ? -i : i;
   return i > n - 1 ? 2 * (n - 1) - i : i;
@@ -68,24 +50,6 @@ DEV int32_t end_column(int32_t left, int32_t side, int32_t width) {
   if (left <= width - 1 && right >= width - 1) return width;
   const int32_t a = reflect(left, width), b = reflect(right, width);
   return (a > b ? a : b) + 1;
-}
-
-// Copies bytes `begin .. end` of `images`, part of an image, to `to + begin % 16`.
-DEV void copy_row(uint32_t to, Global<const uint8_t> images, int64_t begin, int64_t end, int64_t image_begin,
-                  int64_t image_end) {
-  // From here on all is counted from an aligned address, and small: what a vector may read ends soon after the row.
-  const int64_t aligned = begin & ~(int64_t)15;
-  const auto from = images + aligned;
-  const int32_t first = (int32_t)(begin - aligned), last = (int32_t)(end - aligned);
-  const int32_t low = image_begin > aligned ? first : 0;
-  const int32_t high = image_end - end > 15 ? last + 15 : (int32_t)(image_end - aligned);
-  for (int32_t at = 16 * (threadIdx.x % 32); at < last; at += 16 * 32) {
-    if (at >= low && at + 16 <= high) {
-      cp_async16(to + at, from + at, 16);
-    } else {
-      for (int32_t i = at < first ? first : at; i < at + 16 && i < last; i++) sts(to + i, load(from, i));
-    }
-  }
 }
 
 // Where the block's row of patches lies in shared memory.
@@ -163,12 +127,11 @@ template <class T> DEV void forward(const InputForward& p) {
 
   const Geometry crop(p.geometry, image);
   const int32_t first = first_column(crop.left, side, crop.width), end = end_column(crop.left, side, crop.width);
-  const int64_t image_end = crop.offset + (int64_t)3 * crop.height * crop.width;
   for (uint32_t y = thread / 32; y < p.patch_size; y += threads / 32) {
     const int64_t row = reflect(crop.top + (int32_t)(patch_row * p.patch_size + y), crop.height);
     const int64_t start = crop.offset + 3 * row * crop.width;
     const uint32_t to = bytes + y * p.pitch;
-    copy_row(to, p.images, start + 3 * first, start + 3 * end, crop.offset, image_end);
+    copy_row(to, p.images, start + 3 * first, start + 3 * end, crop);
     if (thread % 32 == 0) sts(rows.row_at + 4 * y, to + (uint32_t)((start + 3 * first) & 15));
   }
   cp_async_commit();

@@ -1,11 +1,15 @@
 //! Where an op runs, and where its tensors are.
 
+mod buffer;
+
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
+pub use self::buffer::HostBuffer;
+pub(crate) use self::buffer::HostMemory;
 use crate::cuda::Gpu;
 use crate::dtype::Element;
 use crate::{DType, Error, Result, TensorMut, TensorRef};
@@ -117,6 +121,52 @@ impl Device {
         match self {
             Self::Cpu(_) => dst.into_slice::<T>().copy_from_slice(src),
             Self::Cuda(gpu) => gpu.driver().upload(dst.dev_ptr(), bytemuck::cast_slice(src))?,
+        }
+        Ok(())
+    }
+
+    /// As many zeros in the host's memory, for [`upload_buffer`](Self::upload_buffer): of a GPU page-locked, as far as that
+    /// can be had. To lock pages takes time; keep the buffer.
+    #[must_use]
+    pub fn host_buffer(&self, bytes: usize) -> HostBuffer {
+        let locked = match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(gpu) => gpu.driver().lock_pages(bytes),
+        };
+        locked.map_or_else(|| HostBuffer::new(bytes), HostBuffer::of)
+    }
+
+    /// As [`upload`](Self::upload), of the bytes of a buffer. Those of this device's [`host_buffer`](Self::host_buffer) are
+    /// not copied on the host: a GPU reads them by itself, beside earlier work, and whoever writes them waits for that.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn upload_buffer(&self, dst: TensorMut<'_>, src: &HostBuffer) -> Result<()> {
+        let Self::Cuda(gpu) = self else { return self.upload::<u8>(dst, src) };
+        let call = Call { op: "upload", dev: self };
+        expect_elems(call, "dst", dst.elems(), src.len())?;
+        dst.expect(call, "dst", DType::U8, dst.shape())?;
+        let _span = self.span_of_bytes("upload", src.len());
+        gpu.driver().upload_buffer(dst.dev_ptr(), src)
+    }
+
+    /// Copies numbers into a tensor of this device, over and over until it is full. They cross to a GPU once.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload); [`Error::Shape`] for no numbers.
+    pub fn fill<T: Element>(&self, dst: TensorMut<'_>, src: &[T]) -> Result<()> {
+        let (elems, count) = (dst.elems(), dst.elems().min(src.len()));
+        if count == 0 && elems > 0 {
+            let expected = "at least one element".into();
+            return Err(Error::Shape { op: "fill", arg: "src", expected, found: vec![0] });
+        }
+        let (mut first, mut rest) = dst.reshaped(&[elems])?.split_at(count);
+        self.upload(first.reborrow(), &src[..count])?;
+        while rest.elems() > 0 {
+            let count = count.min(rest.elems());
+            let (part, others) = rest.split_at(count);
+            self.copy(part, first.as_ref().split_at(count).0)?;
+            rest = others;
         }
         Ok(())
     }

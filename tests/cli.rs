@@ -81,9 +81,17 @@ fn help_lists_every_option() {
         let line = line.unwrap_or_else(|| panic!("--{option} is not in the help"));
         assert!(line.len() > 30, "--{option} is not explained: {line}");
     }
-    for word in
-        ["demo", "tiny", "pixmim-vit-b-300e", "mae", "cuda", "doctor", "Examples:", "Exit codes"]
-    {
+    for word in [
+        "demo",
+        "tiny",
+        "pixmim-vit-b-300e",
+        "mae",
+        "cuda",
+        "doctor",
+        "bench-data",
+        "Examples:",
+        "Exit codes",
+    ] {
         assert!(help.contains(word), "{word}");
     }
 }
@@ -208,6 +216,32 @@ fn doctor_ends_with_the_next_command_and_leaves_nothing() {
     assert!(output.status.success());
     let last = stdout(&output).lines().last().unwrap();
     assert_eq!(last, "next: cargo run --release --example pretrain_vit -- --out FOLDER");
+}
+
+#[test]
+fn bench_data_times_each_stage_and_leaves_nothing() {
+    let folder = folder();
+    for (method, stage) in [("pixmim", "resize the short side"), ("mae", "random resized crop")] {
+        let arguments = ["bench-data", "--method", method, "--set", "data.threads=2"];
+        let output = command(&folder, &arguments).output().unwrap();
+        assert!(output.status.success());
+        let said = stdout(&output);
+        let rate = |name: &str| {
+            let line = said.lines().find(|line| line.starts_with(name));
+            let line = line.unwrap_or_else(|| panic!("{name} is not in {said}"));
+            line.split_whitespace().next_back().unwrap().parse::<f64>().unwrap()
+        };
+        // Each stage is a part of all of them.
+        let (read, crop, all) = (rate("read and decode  "), rate(stage), rate("all of them"));
+        assert!(0.0 < all && all < read.min(crop), "{said}");
+        assert!(said.contains(" images/s with data.threads=2\n"), "{said}");
+    }
+    std::fs::create_dir(folder.path().join("broken")).unwrap();
+    std::fs::write(folder.path().join("broken/a.jpg"), "no image").unwrap();
+    let output = command(&folder, &["bench-data", "--data", "broken"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(4));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("a.jpg: not an image"), "{said}");
 }
 
 #[test]

@@ -14,14 +14,16 @@ mod low_freq_target;
 mod masked_mse_loss;
 mod patch_embed;
 mod random_masking;
+mod resize;
 mod restore_tokens;
 
 use crate::Bench;
 use crate::workload::{VIT_L, Workload};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    let ops: [fn(&mut Bench); 15] = [
+    let ops: [fn(&mut Bench); 16] = [
         random_masking::bench,
+        resize::bench,
         input::bench,
         low_freq_target::bench,
         patch_embed::bench,

@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use pixmim_core::ops::input::{self, Target};
 use pixmim_core::ops::low_freq_target::{self, Filter};
 use pixmim_core::ops::random_masking::{self, Noise};
+use pixmim_core::ops::resize::{self, Interpolation};
 use pixmim_core::ops::{
     add_positions, gather_tokens, masked_mse_loss, patch_embed, restore_tokens,
 };
@@ -86,6 +87,44 @@ pub unsafe extern "C" fn pixmim_random_masking_from_noise(
     call(context, stream, |call| {
         let (ids, workspace) = ([ids_keep, ids_masked, ids_restore], (workspace, workspace_bytes));
         mask(call, ids, block, workspace, || Ok(Noise::Given(call.read("noise", noise)?)))
+    })
+}
+
+/// Keys' cubic with a = -0.5, antialiased: Pillow's BICUBIC.
+pub const PIXMIM_BICUBIC: i32 = 3;
+/// Linear, antialiased: Pillow's BILINEAR.
+pub const PIXMIM_BILINEAR: i32 = 2;
+
+/// Resamples rectangles to square crops, bit for bit as Pillow's `Image.resize` does; the same bytes on every device.
+///
+/// Writes crops (B, S, S, 3) u8. Reads images (bytes) u8 and geometry (B, 6) i64 as pixmim_input_forward does, which reads
+/// the crops then; a whole image is resampled, so top and left are 0, and `interpolation` is PIXMIM_BICUBIC or
+/// PIXMIM_BILINEAR. On a GPU nobody looks at geometry.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pixmim_resize_forward(
+    context: *const pixmim_context,
+    crops: *const pixmim_tensor,
+    images: *const pixmim_tensor,
+    geometry: *const pixmim_tensor,
+    interpolation: i32,
+    stream: *mut c_void,
+) -> pixmim_status {
+    call(context, stream, |call| {
+        let interpolation = match interpolation {
+            PIXMIM_BICUBIC => Interpolation::Bicubic,
+            PIXMIM_BILINEAR => Interpolation::Bilinear,
+            other => {
+                let why = format!("is {other}; it is PIXMIM_BICUBIC or PIXMIM_BILINEAR");
+                return Err(Failure::invalid("interpolation", why));
+            }
+        };
+        let args = resize::Forward {
+            crops: call.write("crops", crops)?,
+            images: call.read("images", images)?,
+            geometry: call.read("geometry", geometry)?,
+            interpolation,
+        };
+        Ok(resize::forward(call.dev, args)?)
     })
 }
 

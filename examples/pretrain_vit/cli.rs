@@ -46,10 +46,13 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Tell what was found on this machine, what is missing, and what to type next.
     Doctor,
+    /// Time each stage of the data path on the images of --data, and say what would make it faster.
+    BenchData(Recipe),
 }
 
+/// What is computed, and on what.
 #[derive(Debug, Args)]
-pub(crate) struct Train {
+pub(crate) struct Recipe {
     /// Sizes and recipe to start from [default: demo].
     #[arg(long, value_name = "NAME", hide_default_value = true)]
     #[arg(value_parser = PossibleValuesParser::new(PRESETS.map(|(name, _)| name)))]
@@ -72,6 +75,12 @@ pub(crate) struct Train {
     #[arg(long, value_name = "NAME")]
     #[arg(value_parser = PossibleValuesParser::new(["auto", "cpu", "cuda", "simt"]))]
     device: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    #[command(flatten)]
+    recipe: Recipe,
     /// Folder of the run [default: runs/<date>_<time>_<preset>_<method>, in UTC].
     #[arg(long, value_name = "FOLDER")]
     out: Option<String>,
@@ -171,6 +180,52 @@ impl Train {
 
     /// The layers of the config, over the config file of an earlier run if there is one.
     fn layers(&self, base: Option<&Path>) -> Result<Layers> {
+        let of_the_run = [
+            ("--out", "log.out", &self.out),
+            ("--steps", "schedule.steps", &self.steps),
+            ("--epochs", "schedule.epochs", &self.epochs),
+            ("--seed", "runtime.seed", &self.seed),
+        ];
+        self.recipe.layers(base, &of_the_run)
+    }
+
+    /// The bundled photos are for the demo and for measuring; a long run on 64 photos would be a mistake.
+    fn bundled_photos(&self) -> Result<PathBuf> {
+        match self.recipe.preset.as_deref() {
+            None | Some("demo") => Ok(PHOTOS.into()),
+            Some(_) if self.dry_run => Ok(PHOTOS.into()),
+            Some(preset) => Err(Error::config(
+                "--data",
+                format!("not given, and preset {preset} needs images; give --data FOLDER"),
+            )),
+        }
+    }
+
+    /// What the run is called after: the preset, the config file, or the folder of the run that goes on.
+    fn name<'a>(&'a self, base: Option<&'a Path>) -> &'a str {
+        let file = || self.recipe.config.as_deref()?.file_stem()?.to_str();
+        let run = || base?.parent()?.file_name()?.to_str();
+        self.recipe.preset.as_deref().or_else(file).or_else(run).unwrap_or("demo")
+    }
+}
+
+impl Recipe {
+    /// The config, the bundled photos standing in for data that nobody named.
+    pub(crate) fn config(&self) -> Result<Config> {
+        let mut config = self.layers(None, &[])?.finish()?;
+        if config.data.path.as_os_str().is_empty() {
+            config.data.path = PHOTOS.into();
+        }
+        Ok(config)
+    }
+
+    /// The layers of the config, over the config file of an earlier run if there is one, and under the `options`: each with
+    /// the key that it sets.
+    fn layers(
+        &self,
+        base: Option<&Path>,
+        options: &[(&str, &str, &Option<String>)],
+    ) -> Result<Layers> {
         let mut layers = Layers::new();
         if let Some(base) = base {
             layers.file(base)?;
@@ -192,39 +247,15 @@ impl Train {
             .iter()
             .map(|text| Assignment::parse(text))
             .collect::<Result<Vec<_>>>()?;
-        for (option, key, value) in [
-            ("--data", "data.path", &self.data),
-            ("--device", "runtime.device", &self.device),
-            ("--out", "log.out", &self.out),
-            ("--steps", "schedule.steps", &self.steps),
-            ("--epochs", "schedule.epochs", &self.epochs),
-            ("--seed", "runtime.seed", &self.seed),
-        ] {
+        let own =
+            [("--data", "data.path", &self.data), ("--device", "runtime.device", &self.device)];
+        for &(option, key, value) in own.iter().chain(options) {
             if let Some(value) = value.clone() {
                 assignments.push(Assignment { place: option.into(), key: key.into(), value });
             }
         }
         layers.assign(&assignments)?;
         Ok(layers)
-    }
-
-    /// The bundled photos are for the demo and for measuring; a long run on 64 photos would be a mistake.
-    fn bundled_photos(&self) -> Result<PathBuf> {
-        match self.preset.as_deref() {
-            None | Some("demo") => Ok(PHOTOS.into()),
-            Some(_) if self.dry_run => Ok(PHOTOS.into()),
-            Some(preset) => Err(Error::config(
-                "--data",
-                format!("not given, and preset {preset} needs images; give --data FOLDER"),
-            )),
-        }
-    }
-
-    /// What the run is called after: the preset, the config file, or the folder of the run that goes on.
-    fn name<'a>(&'a self, base: Option<&'a Path>) -> &'a str {
-        let file = || self.config.as_deref()?.file_stem()?.to_str();
-        let run = || base?.parent()?.file_name()?.to_str();
-        self.preset.as_deref().or_else(file).or_else(run).unwrap_or("demo")
     }
 }
 

@@ -2,6 +2,7 @@
 //! the bundled photos, in one to two minutes on two cores. `--help` lists the options, `doctor` tells what
 //! was found on this machine.
 
+mod bench_data;
 mod cli;
 mod doctor;
 mod progress;
@@ -35,6 +36,9 @@ fn main() -> ExitCode {
         (Some(Command::Doctor), _) => {
             doctor::examine();
             Ok(())
+        }
+        (Some(Command::BenchData(recipe)), _) => {
+            recipe.config().and_then(|c| bench_data::measure(&c))
         }
         (None, Some(key)) => explain(key),
         (None, None) => train(&cli.train),

@@ -81,6 +81,13 @@ impl Progress {
                 "images/s  {speed:.1}, {:.0} % of the time waiting for data",
                 100.0 * summary.data_wait
             ));
+            if summary.mfu.is_finite() {
+                say(&format!(
+                    "products  {} TFLOP/s, {:.0} % of what a large product reaches here",
+                    significant(summary.tflop_per_s),
+                    100.0 * summary.mfu
+                ));
+            }
             if let Some(plan) = &self.plan {
                 let steps = plan.steps - plan.resumed_from.unwrap_or(0).min(plan.steps);
                 let seconds = steps as f64 * self.global_batch as f64 / speed;
@@ -113,6 +120,15 @@ impl Progress {
     fn start(&mut self, plan: &Plan) {
         say(&format!("pixmim {} | {}", pixmim::VERSION, self.what));
         say(&format!("device    {}", plan.device));
+        if let Some(peak) = &plan.peak {
+            say(&format!(
+                "peak      {} TFLOP/s in a product of {side} x {side}, measured in {:.2} s; a step has {} TFLOP",
+                significant(peak.flops_per_s / 1e12),
+                peak.took.as_secs_f64(),
+                significant(plan.step_cost.flops as f64 / 1e12),
+                side = peak.side
+            ));
+        }
         say(&format!("batch     {}", plan.batch));
         say(&format!("lr        {} at its peak", scientific(plan.lr)));
         say(&format!("data      {} images: {}", plan.images, plan.source));
@@ -146,7 +162,11 @@ impl Progress {
 
     fn step(&mut self, record: &StepRecord, smoothed_loss: f64, eta: Duration, logged: bool) {
         if let Some(bar) = &self.bar {
-            bar.set_prefix(format!("epoch {:.2}", record.epoch));
+            let mfu = match record.mfu {
+                mfu if mfu.is_finite() => format!("  MFU {:.0}%", 100.0 * mfu),
+                _ => String::new(),
+            };
+            bar.set_prefix(format!("epoch {:.2}{mfu}", record.epoch));
             // 80 columns hold it all; a narrower terminal cuts off the end.
             bar.set_message(format!(
                 "loss {:.4} (ema {smoothed_loss:.4})  lr {:.1e}  |g| {:.2}  {:.0} img/s  data {:.0}%  eta {}",
@@ -160,8 +180,12 @@ impl Progress {
             bar.set_position(record.step);
         } else if logged || self.last_line.elapsed() >= LINE_EVERY {
             self.last_line = Instant::now();
+            let mfu = match record.mfu {
+                mfu if mfu.is_finite() => format!(" mfu={mfu:.2}"),
+                _ => String::new(),
+            };
             say(&format!(
-                "step={} epoch={:.2} loss={:.4} ema={smoothed_loss:.4} lr={} gnorm={:.2} images_per_s={:.0} data={:.2} eta={}",
+                "step={} epoch={:.2} loss={:.4} ema={smoothed_loss:.4} lr={} gnorm={:.2} images_per_s={:.0}{mfu} data={:.2} eta={}",
                 record.step,
                 record.epoch,
                 record.loss,
@@ -205,6 +229,12 @@ fn scientific(number: f64) -> String {
         }
         None => text,
     }
+}
+
+/// Three digits that count: `0.0123`, `4.56`, `789`.
+fn significant(number: f64) -> String {
+    let whole = if number > 0.0 { number.log10().floor() as i32 + 1 } else { 0 };
+    format!("{number:.*}", usize::try_from(3 - whole).unwrap_or(0))
 }
 
 /// A duration to the two largest units that count: `2 d 3 h`, `6 min 12 s`.

@@ -1,6 +1,7 @@
 //! Times the training step on images in memory: input, low-pass target, masking, forward, loss, backward, AdamW.
 //! `scripts/compare-cpu` runs it in turn with the same step in PyTorch. Prints one line of `key=value`, or with `--csv` a
-//! line of names and one of values; times are medians over the steps.
+//! line of names and one of values; times are medians over the steps. `mfu` is the share of a large product's rate,
+//! measured before.
 
 mod workload;
 
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Parser, ValueEnum};
+use pixmim::train::{cost, peaks};
 use pixmim::{Device, Error, Result};
 use workload::{Images, LSMAE, Precision, SMALL64, TINY, VIT_B, VIT_H, VIT_L, Workload};
 
@@ -83,6 +85,10 @@ struct Measured {
     seconds: Vec<f64>,
     loss: f64,
     memory_bytes: usize,
+    /// Operations of a step's products.
+    flops: u64,
+    /// Those that a second can have, measured before; none on the host executor, whose times mean nothing.
+    peak: Option<f64>,
 }
 
 fn main() -> Result<()> {
@@ -100,6 +106,10 @@ fn time(cli: &Cli, dev: &Device) -> Result<Measured> {
     let (dev, dtype) = precision.on(dev);
     let mut workload = cli.size.workload();
     workload.images = cli.micro_batch.or(cli.batch).unwrap_or(workload.images).max(1);
+    let peak = match &dev {
+        Device::Cuda(gpu) if gpu.properties().executor => None,
+        _ => Some(peaks::product(&dev, dtype)?.flops_per_second()),
+    };
     let mut trainer = match (&dev, cli.micro_batch, cli.size) {
         (Device::Cuda(_), None, Size::VitB | Size::VitL | Size::VitH | Size::Lsmae) => {
             let trainer;
@@ -124,16 +134,19 @@ fn time(cli: &Cli, dev: &Device) -> Result<Measured> {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    let memory_bytes = trainer.memory_bytes();
-    Ok(Measured { workload, micro_batches, seconds, loss, memory_bytes })
+    let (memory_bytes, flops) = (trainer.memory_bytes(), cost::step(&trainer, micro_batches).flops);
+    Ok(Measured { workload, micro_batches, seconds, loss, memory_bytes, flops, peak })
 }
 
 #[expect(clippy::print_stdout, reason = "its output")]
 fn print(cli: &Cli, dev: &Device, measured: Measured) {
-    let Measured { workload, micro_batches, mut seconds, loss, memory_bytes } = measured;
+    let Measured { workload, micro_batches, mut seconds, loss, memory_bytes, flops, peak } =
+        measured;
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     let batch = micro_batches * workload.images;
+    let flops_per_s = flops as f64 / median;
+    let of_peak = |text: &dyn Fn(f64) -> String| peak.map(text).unwrap_or_default();
     let device = match dev {
         Device::Cuda(gpu) => gpu.properties().name.replace([' ', ','], "_"),
         _ => "cpu".into(),
@@ -146,6 +159,9 @@ fn print(cli: &Cli, dev: &Device, measured: Measured) {
         ("micro_batch", workload.images.to_string()),
         ("images_per_s", format!("{:.2}", batch as f64 / median)),
         ("ms_per_step", format!("{:.3}", 1e3 * median)),
+        ("tflop_per_s", of_peak(&|_| format!("{:.4}", flops_per_s / 1e12))),
+        ("mfu", of_peak(&|peak| format!("{:.4}", flops_per_s / peak))),
+        ("peak_tflop_per_s", of_peak(&|peak| format!("{:.4}", peak / 1e12))),
         ("memory_mib", (memory_bytes >> 20).to_string()),
         ("peak_rss_mib", peak_rss_mib().to_string()),
         ("loss", format!("{loss:.4}")),

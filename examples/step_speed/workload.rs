@@ -89,6 +89,7 @@ impl Workload {
             norm_pix: true,
             kept: self.kept(),
             mask_block: self.mask_block,
+            resize: None,
             mean: MEAN_STD.0,
             std: MEAN_STD.1,
             betas: [0.9, 0.95],

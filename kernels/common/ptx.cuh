@@ -152,6 +152,28 @@ DEV float div_rn(float a, float b) {
   return a / b;
 #endif
 }
+// f64, rounded after each operation: no sum and product become one instruction, as they may where + and * are written.
+DEV double add_rn(double a, double b) {
+#ifdef __CUDACC__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+DEV double mul_rn(double a, double b) {
+#ifdef __CUDACC__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+DEV double div_rn(double a, double b) {
+#ifdef __CUDACC__
+  return __ddiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
 DEV float rcp(float x) {  // 1 / x to 1 ulp
 #ifdef __CUDACC__
   float y;

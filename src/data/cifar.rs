@@ -118,6 +118,10 @@ impl Cifar {
         &self.classes
     }
 
+    pub(super) fn crc(&self, sample: usize) -> u32 {
+        crc32c::crc32c(&self.records[sample * RECORD..][..RECORD])
+    }
+
     pub(super) fn read(&self, sample: usize) -> Image {
         let planes = &self.records[sample * RECORD + 1..][..3 * PLANE];
         let pixels: Vec<u8> = (0..PLANE)

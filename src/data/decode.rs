@@ -30,7 +30,7 @@ pub struct Options {
 }
 
 /// Largest ratio of the sides: with its short side resized to that of a crop, a longer image would fill the memory.
-const MAX_ASPECT: usize = 100;
+pub(super) const MAX_ASPECT: usize = 100;
 
 impl Default for Options {
     /// 64 MiB, 16,384 pixels a side, 2^26 pixels, orientation ignored.

@@ -73,6 +73,11 @@ impl Folder {
         &self.classes
     }
 
+    /// Bytes of a file; `u64::MAX` if that cannot be told.
+    pub(super) fn size(&self, sample: usize) -> u64 {
+        fs::metadata(self.path.join(&self.files[sample])).map_or(u64::MAX, |data| data.len())
+    }
+
     pub(super) fn read(&self, sample: usize) -> Result<Image, String> {
         let bytes = self.read_bytes(&self.path.join(&self.files[sample]))?;
         decode::decode(&bytes, &self.options).map_err(|e| e.to_string())
@@ -134,7 +139,7 @@ fn list(root: &Path, below: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Re
     Ok(())
 }
 
-fn is_image_name(path: &Path) -> bool {
+pub(super) fn is_image_name(path: &Path) -> bool {
     let extension = path.extension().unwrap_or_default();
     ["jpg", "jpeg", "png", "webp"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }

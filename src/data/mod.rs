@@ -6,7 +6,9 @@ pub mod decode;
 mod folder;
 pub mod loader;
 pub mod resize;
+pub mod shard;
 pub mod source;
+mod tar;
 
 use bytes::Bytes;
 

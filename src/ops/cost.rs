@@ -102,6 +102,14 @@ pub fn random_masking_forward([b, l]: [usize; 2]) -> Cost {
     Cost::moves(DType::I64, b) + Cost::moves(DType::I32, 2 * b * l)
 }
 
+/// Of [`resize::forward`](super::resize::forward), `[B, S]`, from rectangles of so many pixels together. Its sums are of
+/// bytes, on no unit that the operations of [`Cost`] are of.
+#[must_use]
+pub fn resize_forward([b, s]: [usize; 2], pixels: usize) -> Cost {
+    let geometry = Cost::moves(DType::I64, b * super::input::GEOMETRY_FIELDS);
+    Cost::moves(DType::U8, 3 * pixels + 3 * b * s * s) + geometry
+}
+
 /// Where [`input_forward`] writes what the loss will compare with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InputTarget {

@@ -97,12 +97,22 @@ pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
 /// # Errors
 /// [`Error::Invalid`], naming the image.
 pub fn check_geometry(rows: &[Geometry], bytes: usize, side: usize) -> Result<()> {
-    match rows.iter().position(|row| !row.fits(bytes as i64, side as i64)) {
+    expect_geometry("input::forward: geometry", rows, bytes, |row| row.reaches(side as i64))
+}
+
+/// Refuses images that do not lie within `bytes`, and rows that are not as `fits` asks.
+pub(super) fn expect_geometry(
+    arg: &str,
+    rows: &[Geometry],
+    bytes: usize,
+    fits: impl Fn(&Geometry) -> bool,
+) -> Result<()> {
+    match rows.iter().position(|row| !(row.lies_within(bytes as i64) && fits(row))) {
         None => Ok(()),
         Some(image) => {
             let row = rows[image];
             let why = format!("of image {image} does not fit: {row:?} in {bytes} bytes");
-            Err(Error::invalid("input::forward: geometry", why))
+            Err(Error::invalid(arg, why))
         }
     }
 }
@@ -181,22 +191,25 @@ impl Forward<'_> {
 }
 
 impl Geometry {
-    /// Whether image and crop lie where one reflection reaches.
-    fn fits(&self, bytes: i64, side: i64) -> bool {
+    /// Whether the image's bytes are there, and the flip is one.
+    fn lies_within(&self, bytes: i64) -> bool {
         let end = self
             .height
             .checked_mul(self.width)
             .and_then(|n| n.checked_mul(3)?.checked_add(self.offset));
-        let reaches = |from: i64, extent: i64| {
-            from > -extent && from.checked_add(side).is_some_and(|end| end < 2 * extent)
-        };
         self.offset >= 0
             && (1..1 << 30).contains(&self.height)
             && (1..1 << 30).contains(&self.width)
             && end.is_some_and(|end| end <= bytes)
-            && reaches(self.top, self.height)
-            && reaches(self.left, self.width)
             && (self.flip == 0 || self.flip == 1)
+    }
+
+    /// Whether the crop lies where one reflection reaches.
+    fn reaches(&self, side: i64) -> bool {
+        let reaches = |from: i64, extent: i64| {
+            from > -extent && from.checked_add(side).is_some_and(|end| end < 2 * extent)
+        };
+        reaches(self.top, self.height) && reaches(self.left, self.width)
     }
 }
 

@@ -7,6 +7,7 @@
 //! | op | forward | backward |
 //! |---|---|---|
 //! | [`random_masking`] | noise to ids of kept and masked patches | |
+//! | [`resize`] | rectangles of bytes to square crops, antialiased | |
 //! | [`input`] | bytes to normalised patches and pixels | |
 //! | [`low_freq_target`] | pixels to low-pass filtered target patches | |
 //! | [`patch_embed`] | kept patches to encoder tokens | weight, bias, class token |
@@ -46,6 +47,7 @@ pub mod low_freq_target;
 pub mod masked_mse_loss;
 pub mod patch_embed;
 pub mod random_masking;
+pub mod resize;
 pub mod restore_tokens;
 
 /// Runs `$body` with `$T` standing for the Rust type of `$dtype`, which `check` has found to be f32 or f64.

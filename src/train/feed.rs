@@ -3,8 +3,8 @@
 use super::step::Inputs;
 use crate::cuda::{Gpu, Recording};
 use crate::device::Place;
-use crate::ops::input;
-use crate::{DType, Device, Result, Tensor};
+use crate::ops::input::{GEOMETRY_FIELDS, Geometry};
+use crate::{DType, Device, HostBuffer, Result, Tensor};
 
 /// A GPU's copy of the micro-batch. It keeps its place from step to step, so that recorded work finds it.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ impl Feed {
     pub(super) fn new(dev: &Device, images: usize, bytes: usize) -> Result<Self> {
         Ok(Self {
             images: Tensor::new(dev, DType::U8, &[bytes])?,
-            geometry: Tensor::new(dev, DType::I64, &[images, input::GEOMETRY_FIELDS])?,
+            geometry: Tensor::new(dev, DType::I64, &[images, GEOMETRY_FIELDS])?,
             samples: Tensor::new(dev, DType::I64, &[images])?,
             epoch: Tensor::new(dev, DType::I64, &[1])?,
         })
@@ -31,16 +31,25 @@ impl Feed {
         batch.images.elems() <= self.images.view().elems()
     }
 
-    /// Copies the batch in. If its crops of `side` pixels leave its images it is refused, since a kernel would trust them;
-    /// of geometry that is on the GPU already nobody knows.
-    pub(super) fn fill(&mut self, dev: &Device, batch: Inputs<'_>, side: usize) -> Result<()> {
+    /// Copies the batch in; `buffer` holds its images if they are in one. `judge` is asked of its geometry and bytes whether
+    /// it leads outside its images, since a kernel would trust it; of geometry that is on the GPU already nobody knows.
+    pub(super) fn fill(
+        &mut self,
+        dev: &Device,
+        batch: Inputs<'_>,
+        buffer: Option<&HostBuffer>,
+        judge: impl FnOnce(&[Geometry], usize) -> Result<()>,
+    ) -> Result<()> {
         dev.copy(self.geometry.view_mut(), batch.geometry)?;
         if batch.geometry.place() == Place::Host {
             let rows = bytemuck::cast_slice(batch.geometry.as_slice::<i64>());
-            input::check_geometry(rows, batch.images.elems(), side)?;
+            judge(rows, batch.images.elems())?;
         }
         let (images, _) = self.images.view_mut().split_at(batch.images.elems());
-        dev.copy(images, batch.images)?;
+        match buffer {
+            Some(buffer) => dev.upload_buffer(images, buffer)?,
+            None => dev.copy(images, batch.images)?,
+        }
         dev.copy(self.samples.view_mut(), batch.samples)?;
         dev.copy(self.epoch.view_mut(), batch.epoch)
     }

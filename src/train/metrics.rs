@@ -231,6 +231,11 @@ fn not_a_record(path: &Path, number: u64) -> Error {
     Error::corrupt(path, format!("line {number} is not a record; delete that line to go on"))
 }
 
+/// For `default`: a number that older versions did not write.
+pub(super) const fn nan() -> f64 {
+    f64::NAN
+}
+
 /// For `deserialize_with`: the `null` of a number that was not finite.
 pub(super) fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Option::deserialize(deserializer).map(|number| number.unwrap_or(f64::NAN))

@@ -3,6 +3,7 @@
 mod canvas;
 pub mod checkpoint;
 pub mod config;
+pub mod cost;
 mod feed;
 mod files;
 mod font;
@@ -11,6 +12,7 @@ pub mod peaks;
 pub mod pictures;
 mod plan;
 pub mod report;
+mod resample;
 pub mod run;
 pub mod schedule;
 pub mod signal;
@@ -42,4 +44,12 @@ pub struct StepRecord {
     /// Share of that time spent waiting for data, 0 to 1.
     #[serde(deserialize_with = "metrics::null_is_nan")]
     pub data_wait: f64,
+    /// Useful operations of products, 1e12 a second, waits included: the model's TFLOP/s. Not a number where it means
+    /// nothing, on the host executor, and in records of older versions.
+    #[serde(default = "metrics::nan", deserialize_with = "metrics::null_is_nan")]
+    pub tflop_per_s: f64,
+    /// Model FLOPs utilisation: [`tflop_per_s`](Self::tflop_per_s) as a share of what one large product reached before the
+    /// first step. Not a number as above.
+    #[serde(default = "metrics::nan", deserialize_with = "metrics::null_is_nan")]
+    pub mfu: f64,
 }

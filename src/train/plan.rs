@@ -1,5 +1,6 @@
 //! What a run takes of memory, known before any of it is taken.
 
+use super::resample::Resampled;
 use super::step::{Scalars, Settings};
 use crate::model::activations::{self, Batch};
 use crate::model::params::Table;
@@ -37,20 +38,23 @@ impl Plan<'_> {
         }
     }
 
-    /// Activations, target, and the pixels that are filtered.
+    /// Activations, target, the pixels that are filtered, and the crops that images are resampled to.
     pub(super) fn activations(
         &self,
         arena: &mut Arena,
         images: usize,
-    ) -> (Activations, Tensor, Option<Tensor>) {
-        let Self { config, dtype, .. } = *self;
+    ) -> (Activations, Tensor, Option<Tensor>, Option<Resampled>) {
+        let Self { config, dtype, settings, .. } = *self;
         let (batch, side) = (self.batch(images), config.image_size);
         let acts = Activations::new(arena, dtype, config, batch);
         let patches = [images, batch.predicted, config.patch_numbers()];
         let target = arena.tensor(dtype.wide(), &patches);
         let pixels =
             self.filter.map(|_| arena.tensor(self.pixel_dtype(), &[images, 3, side, side]));
-        (acts, target, pixels)
+        let resampled = settings
+            .resize
+            .map(|interpolation| Resampled::new(arena, [images, side], interpolation));
+        (acts, target, pixels, resampled)
     }
 
     /// Gradients between ops, counters, and the ops' workspace.

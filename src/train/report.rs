@@ -26,6 +26,8 @@ pub struct Report<'a> {
     pub loss: f64,
     /// Images per second.
     pub images_per_s: f64,
+    /// Model FLOPs utilisation, of a measured peak; not a number where times mean nothing.
+    pub mfu: f64,
     /// The logged steps, in order.
     pub records: &'a [StepRecord],
     /// The saved pictures, in order; some of them are shown.
@@ -105,6 +107,9 @@ fn summary(page: &mut String, report: &Report<'_>) {
         (finite(report.loss, 4), format!("loss, smoothed{from}")),
         (finite(report.images_per_s, speed_decimals(report.images_per_s)), "images/s".into()),
     ];
+    if report.mfu.is_finite() {
+        tiles.push((finite(100.0 * report.mfu, 1), "% of the peak (MFU)".into()));
+    }
     if let Some(scores) = scores {
         let baseline = format!("masked PSNR; {} {}", baseline_name(scores), db(scores.baseline()));
         tiles.push((db(scores.prediction), baseline));
@@ -198,6 +203,10 @@ fn curves(page: &mut String, report: &Report<'_>) {
         chart("Gradient norm", "", false, true, single(logged(|record| record.grad_norm))),
         chart("Throughput", "images/s", false, true, single(logged(|record| record.images_per_s))),
     ];
+    let mfu = logged(|record| 100.0 * record.mfu);
+    if mfu.iter().any(|(_, share)| share.is_finite()) {
+        charts.push(chart("Model FLOPs utilisation", "%", false, true, single(mfu)));
+    }
     if report.pictures.len() > 1 {
         let scored = |value: fn(&Scores) -> f64| -> Vec<(f64, f64)> {
             report.pictures.iter().map(|p| (p.step as f64, value(&p.scores))).collect()

@@ -2,13 +2,16 @@
 
 use super::feed::{Feed, Work};
 use super::plan::Plan;
+use super::resample::Resampled;
 use crate::TensorList;
+use crate::data::loader::Batch;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
+use crate::ops::resize::{self, Interpolation};
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
 use crate::profile::{self, stage};
-use crate::{Arena, DType, Device, Error, Result, Tensor, TensorRef};
+use crate::{Arena, DType, Device, Error, HostBuffer, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +26,9 @@ pub struct Settings {
     pub kept: usize,
     /// Side of the blocks of patches that are masked together.
     pub mask_block: usize,
+    /// How the step resamples images to crops before it reads them: each is then a rectangle as [`resize`] takes it. None:
+    /// crops are cut from the images as they are.
+    pub resize: Option<Interpolation>,
     /// Mean of the colours, RGB on [0, 1].
     pub mean: [f64; 3],
     /// Standard deviation of the colours.
@@ -43,7 +49,7 @@ pub struct Settings {
     pub record: bool,
 }
 
-/// The images of one micro-batch, as [`input`] reads them.
+/// The images of one micro-batch, as [`input`] reads them, or [`resize`] if the settings say so.
 #[derive(Clone, Copy, Debug)]
 pub struct MicroBatch<'a> {
     /// Bytes of all images.
@@ -56,12 +62,24 @@ pub struct MicroBatch<'a> {
     pub epoch: u32,
 }
 
+impl<'a> From<&'a Batch> for MicroBatch<'a> {
+    fn from(batch: &'a Batch) -> Self {
+        Self {
+            images: &batch.images,
+            geometry: bytemuck::cast_slice(&batch.geometry),
+            samples: &batch.samples,
+            epoch: batch.epoch,
+        }
+    }
+}
+
 /// A micro-batch as tensors, each in the host's memory or the device's.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// `(bytes)` u8: the images, one after another.
     pub images: TensorRef<'a>,
-    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks.
+    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks, or
+    /// [`resize::check_geometry`] if images are resampled.
     pub geometry: TensorRef<'a>,
     /// `(B)` i64: decides each image's mask, with seed and epoch.
     pub samples: TensorRef<'a>,
@@ -124,6 +142,7 @@ pub struct Trainer {
     acts: Activations,
     scratch: Scratch,
     target: Tensor,
+    resampled: Option<Resampled>,
     /// Pixels of the whole crops, and the filter over them, if the target is filtered.
     filtered: Option<(Tensor, Filter)>,
     pixel_dtype: DType,
@@ -132,10 +151,11 @@ pub struct Trainer {
     workspace: Tensor,
     /// On a GPU: its copy of the micro-batch, and the step as recorded work.
     feed: Option<Feed>,
+    accumulate_work: Work,
     forward_work: Work,
     backward_work: Work,
     update_work: Work,
-    /// What the forward pass was recorded for.
+    /// What forward passes were recorded for.
     micro_batches: usize,
     /// Whether there are activations that no backward pass has used.
     forwarded: bool,
@@ -189,7 +209,7 @@ impl Trainer {
         };
         plan.expect_room()?;
         let (images, memory_bytes) = (settings.micro_batch, plan.bytes(settings.micro_batch));
-        let ((acts, target, pixels), _) =
+        let ((acts, target, pixels, resampled), _) =
             Arena::build(&dev, "activations", |arena| plan.activations(arena, images))?;
         let ((scratch, scalars, workspace), _) =
             Arena::build(&dev, "workspace", |arena| plan.workspace(arena, images))?;
@@ -209,12 +229,14 @@ impl Trainer {
             acts,
             scratch,
             target,
+            resampled,
             filtered: pixels.zip(filter),
             pixel_dtype,
             exact,
             scalars,
             workspace,
             feed: None,
+            accumulate_work: Work::New,
             forward_work: Work::New,
             backward_work: Work::New,
             update_work: Work::New,
@@ -224,6 +246,9 @@ impl Trainer {
         };
         trainer.set_updates(0)?;
         trainer.clear()?;
+        if let Some(resampled) = &mut trainer.resampled {
+            resampled.place(&trainer.dev)?;
+        }
         // What there is to tell before the first update.
         let Scalars { norm, coefficients, .. } = &mut trainer.scalars;
         trainer.dev.clear(norm.view_mut())?;
@@ -235,6 +260,12 @@ impl Trainer {
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         self.memory_bytes
+    }
+
+    /// What it was made to compute.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The device it runs on.
@@ -278,9 +309,10 @@ impl Trainer {
             return Err(Error::Place { op: "set_device", arg: "dev", expected, found });
         }
         self.dev = dev;
-        for work in [&mut self.forward_work, &mut self.backward_work, &mut self.update_work] {
-            *work = Work::New;
-        }
+        self.accumulate_work = Work::New;
+        self.forward_work = Work::New;
+        self.backward_work = Work::New;
+        self.update_work = Work::New;
         Ok(())
     }
 
@@ -292,15 +324,53 @@ impl Trainer {
         if let Device::Cuda(gpu) = &self.dev { gpu.synchronize() } else { Ok(()) }
     }
 
-    /// Adds the gradient of one of the `micro_batches` of a step: [`forward_loss`](Self::forward_loss), then
-    /// [`backward`](Self::backward). On a GPU it is enqueued, and the batch's memory may be reused at once.
+    /// Adds the gradient of one of the `micro_batches` of a step, as [`forward_loss`](Self::forward_loss) and
+    /// [`backward`](Self::backward) do. On a GPU it is enqueued, and the batch's memory may be reused at once.
+    ///
+    /// A GPU goes from one micro-batch to the next without the host: this copies the images, judges the geometry, enqueues
+    /// copies to the GPU, which travel beside the work before them, and one recording, of forward and backward; it waits for
+    /// nothing but room for the copies, which a micro-batch or two before have left. From the last micro-batch of a step
+    /// to the next step it waits in [`outcome`](Self::outcome).
     ///
     /// # Errors
     /// Those of the ops, if the batch does not fit the settings.
     pub fn accumulate(&mut self, batch: MicroBatch<'_>, micro_batches: usize) -> Result<()> {
         let epoch = [i64::from(batch.epoch)];
-        self.forward_loss(Inputs::on_host(batch, &epoch)?, micro_batches)?;
-        self.backward()
+        self.accumulate_inputs(Inputs::on_host(batch, &epoch)?, None, micro_batches)
+    }
+
+    /// As [`accumulate`](Self::accumulate), of a batch of the loader's. If that is [made for](Loader::for_device) this
+    /// device, the images are not copied on the host: the GPU reads them where they are, and the loader fills that memory
+    /// anew when it has.
+    ///
+    /// # Errors
+    /// As [`accumulate`](Self::accumulate).
+    ///
+    /// [`Loader::for_device`]: crate::data::loader::Loader::for_device
+    pub fn accumulate_batch(&mut self, batch: &Batch, micro_batches: usize) -> Result<()> {
+        let epoch = [i64::from(batch.epoch)];
+        let inputs = Inputs::on_host(batch.into(), &epoch)?;
+        self.accumulate_inputs(inputs, Some(&batch.images), micro_batches)
+    }
+
+    fn accumulate_inputs(
+        &mut self,
+        batch: Inputs<'_>,
+        images: Option<&HostBuffer>,
+        micro_batches: usize,
+    ) -> Result<()> {
+        let forward = stage("forward", None);
+        self.run_batch(
+            batch,
+            images,
+            micro_batches,
+            |step| &mut step.accumulate_work,
+            |step, inputs| {
+                step.enqueue_forward(inputs, micro_batches)?;
+                drop(forward);
+                step.enqueue_backward()
+            },
+        )
     }
 
     /// Adds to the loss that of one of the `micro_batches` of a step. On a GPU it is enqueued; a batch that is there
@@ -309,31 +379,57 @@ impl Trainer {
     /// # Errors
     /// As [`accumulate`](Self::accumulate).
     pub fn forward_loss(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<()> {
-        if micro_batches == 0 {
-            return Err(Error::invalid("micro_batches", "is 0; a step has at least one"));
-        }
-        self.forwarded = false;
         let _forward = stage("forward", None);
-        if let Device::Cpu(_) = self.dev {
-            self.enqueue_forward(batch, micro_batches)?;
-        } else {
-            let mut feed = self.take_feed(batch, micro_batches)?;
-            let side = self.mae.config().image_size;
-            let done = feed.fill(&self.dev, batch, side).and_then(|()| {
-                let enqueue = |step: &mut Self| step.enqueue_forward(feed.inputs(), micro_batches);
-                self.run(|step| &mut step.forward_work, enqueue)
-            });
-            self.feed = Some(feed);
-            done?;
-        }
+        self.run_batch(
+            batch,
+            None,
+            micro_batches,
+            |step| &mut step.forward_work,
+            |step, inputs| step.enqueue_forward(inputs, micro_batches),
+        )?;
         self.forwarded = true;
         Ok(())
     }
 
-    /// A GPU's place for the batch: the one before, which recorded work reads, if it fits.
-    fn take_feed(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<Feed> {
+    /// Does a piece of a step that reads a batch, on a GPU from its place there. `images` holds the batch's images if they are
+    /// in a buffer.
+    fn run_batch(
+        &mut self,
+        batch: Inputs<'_>,
+        images: Option<&HostBuffer>,
+        micro_batches: usize,
+        work: impl Fn(&mut Self) -> &mut Work,
+        enqueue: impl FnOnce(&mut Self, Inputs<'_>) -> Result<()>,
+    ) -> Result<()> {
+        if micro_batches == 0 {
+            return Err(Error::invalid("micro_batches", "is 0; a step has at least one"));
+        }
+        self.forwarded = false;
+        if let Device::Cpu(_) = self.dev {
+            return enqueue(self, batch);
+        }
+        let mut feed = self.take_feed(batch, images.is_some(), micro_batches)?;
+        let judge = |rows: &[input::Geometry], bytes| match self.resampled {
+            Some(_) => resize::check_geometry(rows, bytes),
+            None => input::check_geometry(rows, bytes, self.mae.config().image_size),
+        };
+        let done = feed
+            .fill(&self.dev, batch, images, judge)
+            .and_then(|()| self.run(work, |step| enqueue(step, feed.inputs())));
+        self.feed = Some(feed);
+        done
+    }
+
+    /// A GPU's place for the batch: the one before, which recorded work reads, if it fits. Batches are alike if `all_alike`.
+    fn take_feed(
+        &mut self,
+        batch: Inputs<'_>,
+        all_alike: bool,
+        micro_batches: usize,
+    ) -> Result<Feed> {
         let fits = self.feed.as_ref().is_some_and(|feed| feed.holds(batch));
         if !fits || self.micro_batches != micro_batches {
+            self.accumulate_work = Work::New;
             self.forward_work = Work::New;
             self.micro_batches = micro_batches;
         }
@@ -344,8 +440,9 @@ impl Trainer {
             None => {}
         }
         // Photos differ in size: some room, so that a larger batch need not be recorded anew.
-        let bytes = batch.images.elems() + batch.images.elems() / 4;
-        Feed::new(&self.home, self.settings.micro_batch, bytes)
+        let bytes = batch.images.elems();
+        let room = if all_alike { 0 } else { bytes / 4 };
+        Feed::new(&self.home, self.settings.micro_batch, bytes + room)
     }
 
     /// Does a piece of a step: on a GPU as recorded work, if the settings say so and nobody asks what its ops take.
@@ -385,6 +482,11 @@ impl Trainer {
                 workspace: workspace.view_mut(),
             },
         )?;
+        // Rectangles to crops.
+        let (images, geometry) = match &mut self.resampled {
+            Some(resampled) => resampled.forward(dev, inputs.images, inputs.geometry)?,
+            None => (inputs.images, inputs.geometry),
+        };
         // Bytes to patches, and to what the loss will compare with.
         input::forward(
             dev,
@@ -397,8 +499,8 @@ impl Trainer {
                         ids_masked: acts.ids_predicted.view(),
                     },
                 },
-                images: inputs.images,
-                geometry: inputs.geometry,
+                images,
+                geometry,
                 ids_keep: acts.ids_keep.view(),
                 mean: settings.mean,
                 std: settings.std,
@@ -447,13 +549,13 @@ impl Trainer {
             let why = "finds no activations; each is for one forward_loss, which comes before it";
             return Err(Error::invalid("backward", why));
         }
+        self.run(|step| &mut step.backward_work, Self::enqueue_backward)
+    }
+
+    fn enqueue_backward(&mut self) -> Result<()> {
         let _backward = stage("backward", None);
-        self.run(
-            |step| &mut step.backward_work,
-            |Self { dev, mae, acts, grads, scratch, workspace, .. }| {
-                mae.backward(dev, acts, grads, scratch, workspace)
-            },
-        )
+        let Self { dev, mae, acts, grads, scratch, workspace, .. } = self;
+        mae.backward(dev, acts, grads, scratch, workspace)
     }
 
     /// Takes the step: updates the weights by the accumulated gradient, unless the loss, the gradient or its square is not

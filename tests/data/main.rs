@@ -11,7 +11,9 @@ mod augment;
 mod decode;
 mod loader;
 mod resize;
+mod shard;
 mod source;
+mod tar;
 
 /// Path of a file made by `fixtures/make.py`.
 fn fixture_path(name: &str) -> PathBuf {

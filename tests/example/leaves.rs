@@ -59,14 +59,20 @@ fn says(stdout: &str) -> &str {
     assert!(lines[0].contains("| small, pixmim: ") && lines[0].contains(" --steps 9 "));
     starts(1, "device    cpu");
     assert!(lines[1].contains("2 threads, f32 products"));
-    assert_eq!(lines[2], "batch     global 8 = 2 x 4 micro; lr 2.000e-3 as given");
-    assert_eq!(lines[3], "lr        2.000e-03 at its peak");
-    assert_eq!(lines[4], format!("data      64 images: {PHOTOS}"));
-    starts(5, "model     0.0 M parameters, ");
-    assert_eq!(lines[6], "steps     9, 8 in an epoch");
-    assert_eq!(lines[7], "run       run");
-    assert_eq!(lines[8], "resume    no, from the first step");
-    let rest = &lines[9..];
+    starts(2, "peak      ");
+    assert!(
+        lines[2].contains(" TFLOP/s in a product of 1024 x 1024, measured in "),
+        "{}",
+        lines[2]
+    );
+    assert_eq!(lines[3], "batch     global 8 = 2 x 4 micro; lr 2.000e-3 as given");
+    assert_eq!(lines[4], "lr        2.000e-03 at its peak");
+    assert_eq!(lines[5], format!("data      64 images: {PHOTOS}"));
+    starts(6, "model     0.0 M parameters, ");
+    assert_eq!(lines[7], "steps     9, 8 in an epoch");
+    assert_eq!(lines[8], "run       run");
+    assert_eq!(lines[9], "resume    no, from the first step");
+    let rest = &lines[10..];
     let begun =
         |start: &'static str| rest.iter().filter(move |line| line.starts_with(start)).copied();
     let pictures = [0, 4, 8, 9].map(|step| format!("picture=run/viz/step-{step:08}.png"));
@@ -79,7 +85,8 @@ fn says(stdout: &str) -> &str {
         ["2", "4", "6", "8", "9"]
     );
     for line in &steps {
-        let keys = ["step", "epoch", "loss", "ema", "lr", "gnorm", "images_per_s", "data", "eta"];
+        let keys =
+            ["step", "epoch", "loss", "ema", "lr", "gnorm", "images_per_s", "mfu", "data", "eta"];
         assert!(line.split(' ').map(|pair| pair.split_once('=').unwrap().0).eq(keys), "{line}");
         assert!(keys.iter().all(|key| value(line, key).parse::<f64>().unwrap().is_finite()));
     }
@@ -120,13 +127,20 @@ fn journals(run: &Path) {
     let steps: Vec<_> = metrics[1..].iter().map(|line| line["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [2, 4, 6, 8, 9]);
     for line in &metrics[1..] {
-        let keys = ["step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait"];
+        let measured = ["images_per_s", "data_wait", "tflop_per_s", "mfu"];
+        let keys = [&["step", "epoch", "loss", "lr", "grad_norm"], &measured[..]].concat();
         assert!(keys.iter().all(|key| line[*key].is_number()), "{line:?}");
         assert_eq!(line.len(), keys.len());
         let number = |key: &str| line[key].as_f64().unwrap();
         assert!(number("loss") > 0.1 && number("loss") < 10.0, "{line:?}");
         assert!(number("grad_norm") > 0.0 && number("images_per_s") > 0.0, "{line:?}");
         assert!((0.0..=1.0).contains(&number("data_wait")), "{line:?}");
+        assert!(number("tflop_per_s") > 0.0 && number("mfu") > 0.0, "{line:?}");
+        // Of one peak.
+        let ratio = |line: &serde_json::Map<String, serde_json::Value>| {
+            line["mfu"].as_f64().unwrap() / line["tflop_per_s"].as_f64().unwrap()
+        };
+        assert!((ratio(line) / ratio(&metrics[1]) - 1.0).abs() <= 1e-9, "{line:?}");
         assert_eq!(number("epoch"), number("step") / 8.0);
     }
     // The warm-up of 60 updates rises from 0: the first update is made at 0.
@@ -161,7 +175,7 @@ fn events(run: &Path) {
         let holds = |event: &&&[u8]| event.windows(tag.len()).any(|part| part == tag.as_bytes());
         events.iter().filter(holds).count()
     };
-    for tag in ["train/loss", "train/lr", "train/grad_norm", "speed/images_per_s"] {
+    for tag in ["train/loss", "train/lr", "train/grad_norm", "speed/images_per_s", "speed/mfu"] {
         assert_eq!(holding(tag), 5, "{tag}");
     }
     assert_eq!(holding("picture/psnr"), 4);
@@ -226,8 +240,18 @@ fn a_dry_run_tells_speed_memory_and_time_and_leaves_nothing() {
         let (output, stdout, stderr) =
             finish(small(&folder, &format!("--steps 5000 --dry-run {out}")));
         assert_eq!(output.status.code(), Some(0), "{stderr}");
-        for start in ["device ", "batch ", "lr ", "data ", "model ", "steps ", "images/s ", "time "]
-        {
+        for start in [
+            "device ",
+            "peak ",
+            "batch ",
+            "lr ",
+            "data ",
+            "model ",
+            "steps ",
+            "images/s ",
+            "products ",
+            "time ",
+        ] {
             assert!(stdout.lines().any(|line| line.starts_with(start)), "{start} in {stdout}");
         }
         assert!(stdout.contains("for 5000 steps"), "{stdout}");

@@ -1,4 +1,5 @@
-//! `pretrain_vit` as a process: what it says, what it leaves, and what no signal, kill or full disk may break.
+//! `pretrain_vit` and `pack_dataset` as processes: what they say, what they leave, and what no signal, kill
+//! or full disk may break.
 #![cfg(all(feature = "train", unix))]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -6,6 +7,7 @@ mod disks;
 mod kills;
 mod leaves;
 mod memory;
+mod packing;
 mod program;
 mod refusals;
 mod signals;
@@ -190,7 +192,9 @@ fn tensors(run: &Path, step: u64) -> [Vec<u8>; 2] {
 /// The logged steps without what is measured by the clock.
 fn metrics_of(run: &Path) -> Vec<StepRecord> {
     let records = metrics::read::<StepRecord>(run).unwrap();
-    records.into_iter().map(|r| StepRecord { images_per_s: 0.0, data_wait: 0.0, ..r }).collect()
+    let untimed =
+        |r| StepRecord { images_per_s: 0.0, data_wait: 0.0, tflop_per_s: 0.0, mfu: 0.0, ..r };
+    records.into_iter().map(untimed).collect()
 }
 
 /// Relative path, modification time and length of everything below a folder.

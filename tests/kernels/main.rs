@@ -21,4 +21,5 @@ mod low_freq_target;
 mod masked_mse_loss;
 mod patch_embed;
 mod random_masking;
+mod resize;
 mod restore_tokens;

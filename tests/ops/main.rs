@@ -21,4 +21,5 @@ mod masked_mse_loss;
 mod patch_embed;
 mod random_masking;
 mod refusal;
+mod resize;
 mod restore_tokens;

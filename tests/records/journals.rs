@@ -20,7 +20,7 @@ fn a_line_is_one_json_object_and_line_1_names_the_schema_and_the_run() {
     metrics.write(&StepRecord { loss: 0.5, ..record(7) }).unwrap();
     let skipped = StepRecord { loss: f64::NAN, grad_norm: f64::INFINITY, ..record(8) };
     metrics.write(&skipped).unwrap();
-    let rest = r#""images_per_s":329.0,"data_wait":0.125}"#;
+    let rest = r#""images_per_s":329.0,"data_wait":0.125,"tflop_per_s":1.5,"mfu":0.625}"#;
     assert_eq!(
         lines(dir.path(), "metrics.jsonl"),
         [
@@ -33,6 +33,28 @@ fn a_line_is_one_json_object_and_line_1_names_the_schema_and_the_run() {
     assert_eq!(back[0], StepRecord { loss: 0.5, ..record(7) });
     assert!(back[1].loss.is_nan() && back[1].grad_norm.is_nan());
     assert_eq!((back[1].step, back.len()), (8, 2));
+}
+
+#[test]
+fn lines_without_utilisation_as_older_versions_wrote_them_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = concat!(
+        r#"{"schema":"pixmim-metrics-1","run":"old"}"#,
+        "\n",
+        r#"{"step":7,"epoch":1.75,"loss":0.5,"lr":0.00025,"grad_norm":0.5,"images_per_s":329.0,"data_wait":0.125}"#,
+        "\n"
+    );
+    fs::write(dir.path().join("metrics.jsonl"), old).unwrap();
+    // A run of this version goes on with it, on a device whose times mean something and on one where they do not.
+    let mut metrics = Metrics::open(dir.path(), "new", Some(7)).unwrap();
+    metrics.write(&record(8)).unwrap();
+    metrics.write(&StepRecord { tflop_per_s: f64::NAN, mfu: f64::NAN, ..record(9) }).unwrap();
+    assert!(fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap().starts_with(old));
+    let back: Vec<StepRecord> = read(dir.path()).unwrap();
+    assert_eq!(back.iter().map(|r| r.step).collect::<Vec<_>>(), [7, 8, 9]);
+    assert!([&back[0], &back[2]].iter().all(|r| r.mfu.is_nan() && r.tflop_per_s.is_nan()));
+    assert_eq!(back[0].images_per_s, 329.0);
+    assert_eq!(back[1], record(8));
 }
 
 #[test]

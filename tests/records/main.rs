@@ -19,5 +19,7 @@ fn record(step: u64) -> StepRecord {
         grad_norm: 0.5,
         images_per_s: 329.0,
         data_wait: 0.125,
+        tflop_per_s: 1.5,
+        mfu: 0.625,
     }
 }

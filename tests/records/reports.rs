@@ -26,6 +26,7 @@ fn empty() -> Report<'static> {
         planned: 1000,
         loss: f64::NAN,
         images_per_s: f64::NAN,
+        mfu: f64::NAN,
         records: &[],
         pictures: &[],
         timeline: None,
@@ -76,6 +77,7 @@ fn the_report_holds_all_it_was_given_and_needs_nothing_else() {
         planned: 4000,
         loss: 0.28714,
         images_per_s: 1234.5,
+        mfu: 0.4321,
         records: &records,
         pictures: &pictures,
         timeline: strip.as_deref(),
@@ -91,6 +93,7 @@ fn the_report_holds_all_it_was_given_and_needs_nothing_else() {
         "step 4,000 of 4,000",
         "0.2871",
         ">1,234<",
+        ">43.2<",
         "cats/1.jpg",
         "loss is not finite",
         "from step-00002000",
@@ -101,8 +104,8 @@ fn the_report_holds_all_it_was_given_and_needs_nothing_else() {
     ] {
         assert!(page.contains(text), "{text:?} is missing");
     }
-    assert_eq!(page.matches("<svg").count(), 6);
-    assert_eq!(page.matches("class=\"skipped\"").count(), 5, "not in the pictures' chart");
+    assert_eq!(page.matches("<svg").count(), 7);
+    assert_eq!(page.matches("class=\"skipped\"").count(), 6, "not in the pictures' chart");
     assert_eq!(page.matches("src=\"data:image/png;base64,iVBORw0KGgo").count(), 8 + 1);
     assert_eq!(page.matches("src=").count(), 8 + 1, "all sources are inside");
     for outside in ["<script", "<link", "http:", "https:", "url(", "@import", "href"] {

@@ -180,6 +180,6 @@ fn a_dry_run_writes_nothing() {
     config.schedule.steps = Some(1000);
     let summary = train(&config, &options, None, &mut Said::default()).unwrap();
     assert_eq!((summary.steps, summary.report), (20, None));
-    assert!(summary.images_per_s > 0.0);
+    assert!(summary.images_per_s > 0.0 && summary.tflop_per_s > 0.0 && summary.mfu > 0.0);
     assert!(!out.exists());
 }

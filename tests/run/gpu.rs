@@ -3,7 +3,9 @@
 
 use std::fs;
 
+use pixmim::train::StepRecord;
 use pixmim::train::config::Config;
+use pixmim::train::metrics;
 use pixmim::train::run::{Options, Resume};
 use tempfile::tempdir;
 
@@ -32,6 +34,9 @@ fn a_run_on_a_gpu_can_be_stopped_and_gone_on_with_bit_for_bit() {
     let mut said = Said::default();
     train(&halves, &on, None, &mut said).unwrap();
     assert!(!said.warnings.iter().any(|text| text.contains("planned anew")), "{:?}", said.warnings);
+    // The executor's times mean nothing.
+    let records = metrics::read::<StepRecord>(&whole.log.out).unwrap();
+    assert!(records.len() > 1 && records.iter().all(|r| r.mfu.is_nan() && r.tflop_per_s.is_nan()));
     let tensors = |config: &Config| -> Vec<_> {
         let files =
             fs::read_dir(checkpoint(&config.log.out, 6)).unwrap().map(|e| e.unwrap().path());

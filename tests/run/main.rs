@@ -140,7 +140,9 @@ fn tensors(run: &Path, step: u64) -> [Vec<u8>; 2] {
 /// The logged steps without what is measured by the clock.
 fn metrics_of(run: &Path) -> Vec<StepRecord> {
     let records = metrics::read::<StepRecord>(run).unwrap();
-    records.into_iter().map(|r| StepRecord { images_per_s: 0.0, data_wait: 0.0, ..r }).collect()
+    let untimed =
+        |r| StepRecord { images_per_s: 0.0, data_wait: 0.0, tflop_per_s: 0.0, mfu: 0.0, ..r };
+    records.into_iter().map(untimed).collect()
 }
 
 /// Fails unless two finished runs of `steps` steps left the same weights, moments, counters, metrics, bad images and

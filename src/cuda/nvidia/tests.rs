@@ -8,12 +8,14 @@ use std::process::Command;
 
 use half::bf16;
 
+mod buffers;
+mod epilogues;
 mod slices;
 mod streams;
 
 use super::*;
 use crate::DType;
-use crate::cuda::driver::Matrix;
+use crate::cuda::driver::{Epilogue, Matrix};
 
 const CHILD: &str = "PIXMIM_TEST_ON_FAKE";
 
@@ -43,10 +45,11 @@ fn start_on_fake(test: &str, variables: &[(&str, &str)]) -> Option<Result<Nvidia
     }
     let folder = tempfile::tempdir().unwrap();
     compile(folder.path(), "cuda.c", "libcuda.so.1", &[]);
-    compile(folder.path(), "cublaslt.c", "libcublasLt.so.13", &["./libcuda.so.1"]);
+    compile(folder.path(), "cublaslt.c", "libcublasLt.so.13", &["./libcuda.so.1", "-lm"]);
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "--nocapture", &format!("cuda::nvidia::tests::{test}")])
         .env_remove("PIXMIM_MATMUL")
+        .env_remove("PIXMIM_EPILOGUES")
         .env("LD_LIBRARY_PATH", folder.path())
         .env(CHILD, "1")
         .envs(variables.iter().copied())
@@ -365,7 +368,10 @@ impl Problem {
         let count = self.expected.iter().map(|(at, _)| at + 1).max().unwrap();
         let found = floats(&download(gpu, out.ptr, count * size), out.dtype);
         for (at, expected) in &self.expected {
-            let tolerance = if out.dtype == DType::Bf16 { expected.abs() / 256.0 } else { 0.0 };
+            let tolerance = match out.dtype {
+                DType::Bf16 => expected.abs() / 256.0 + 1e-6,
+                _ => 0.0,
+            };
             assert!((found[*at] - expected).abs() <= tolerance, "{:?}: {at}", self.matmul);
         }
     }
@@ -410,7 +416,9 @@ fn product(gpu: &Nvidia, case: Case) -> Problem {
     }
     let add = [None, Some(out.ptr), Some(other.ptr)][add];
     let bias = bias.then_some(bias_ptr);
-    Problem { matmul: Matmul { m, n, k, batch, a, b, out, bias, add }, memories, expected }
+    let epilogue = Epilogue::None;
+    let matmul = Matmul { m, n, k, batch, a, b, out, bias, add, epilogue };
+    Problem { matmul, memories, expected }
 }
 
 #[test]
@@ -516,6 +524,7 @@ fn every_function_called_is_looked_up_first() {
         "nvidia/graph.rs",
         "nvidia/handles.rs",
         "nvidia/kernels.rs",
+        "nvidia/outbox.rs",
         "nvidia.rs",
         "probe.rs",
         "probe/cublaslt.rs",

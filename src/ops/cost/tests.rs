@@ -71,6 +71,8 @@ fn moves_of_tokens_count_their_ids() {
 
 #[test]
 fn images_are_counted_as_crops() {
+    // 2 crops of 7 x 7 from 5 x 6 and 8 x 9 pixels.
+    assert_eq!(resize_forward([2, 7], 30 + 72), cost(3 * 102 + 3 * 98 + 2 * 6 * 8, 0));
     // 2 images of 6 x 6 in patches of 2: 9 patches of 12 numbers, 4 kept. 216 bytes in all.
     let common = 216 + 2 * 6 * 8 + 4 * 8 + 4 * 96;
     let sizes = [2, 6, 2, 4];

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::Result;
 use crate::model::MaeConfig;
 use crate::ops::random_masking;
+pub use crate::ops::resize::Interpolation;
 
 pub use keys::{Bounds, KEYS, Key, Kind};
 pub use parse::{Assignment, Layers};
@@ -73,16 +74,6 @@ pub enum Crop {
     Simple,
     /// Crop a random part of 20 % to 100 % of the area, resize it (MAE's Random Resized Crop).
     RandomResized,
-}
-
-/// Interpolation of resizing, both as Pillow does it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Interpolation {
-    /// Cubic, a = -0.5, antialiased.
-    Bicubic,
-    /// Linear, antialiased.
-    Bilinear,
 }
 
 /// A value that may be left to the program: `"auto"`, or the value.

@@ -13,18 +13,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::checkpoint::State;
-use super::config::{Config, Resolved, Target};
+use super::config::{Config, Crop, Resolved, Target};
 use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
 use super::state::Snapshot;
-use super::step::{MicroBatch, Outcome, Settings, Trainer};
+use super::step::{Outcome, Settings, Trainer};
 use super::timing::StepProfile;
-use super::{StepRecord, checkpoint, peaks};
-use crate::data::loader::{Loader, LoaderConfig};
+use super::{StepRecord, checkpoint, cost, peaks};
+use crate::data::loader::{Loader, LoaderConfig, Resample};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
-use crate::ops::cost::Peaks;
-use crate::{Error, Result};
+use crate::ops::cost::{Cost, Peaks};
+use crate::{DType, Device, Error, Result};
 
 use gallery::Gallery;
 use pace::Pace;
@@ -76,6 +76,10 @@ pub struct Plan {
     pub parameters: usize,
     /// Bytes of all arenas.
     pub memory_bytes: usize,
+    /// What a step must move and compute.
+    pub step_cost: Cost,
+    /// What utilisation is measured against; none on the host executor, whose times mean nothing.
+    pub peak: Option<Peak>,
     /// Updates in all.
     pub steps: u64,
     /// Updates in an epoch.
@@ -84,6 +88,30 @@ pub struct Plan {
     pub resumed_from: Option<u64>,
     /// The run folder; none in a dry run.
     pub folder: Option<PathBuf>,
+}
+
+/// What the device reaches in one large product, measured before the first step.
+#[derive(Clone, Copy, Debug)]
+pub struct Peak {
+    /// Operations in a second.
+    pub flops_per_s: f64,
+    /// Side of the square matrices.
+    pub side: usize,
+    /// How long the measurement took.
+    pub took: Duration,
+}
+
+impl Peak {
+    /// None on the host executor.
+    fn measure(device: &Device, dtype: DType) -> Result<Option<Self>> {
+        if matches!(device, Device::Cuda(gpu) if gpu.properties().executor) {
+            return Ok(None);
+        }
+        let start = Instant::now();
+        let product = peaks::product(device, dtype)?;
+        let (flops_per_s, side) = (product.flops_per_second(), product.size);
+        Ok(Some(Self { flops_per_s, side, took: start.elapsed() }))
+    }
 }
 
 /// Told while [`run`] works, in order.
@@ -124,6 +152,10 @@ pub struct Summary {
     pub images_per_s: f64,
     /// Share of that time spent waiting for data.
     pub data_wait: f64,
+    /// Useful operations of products over the same steps, 1e12 a second; not a number on the host executor.
+    pub tflop_per_s: f64,
+    /// Their share of the plan's peak: model FLOPs utilisation. Not a number on the host executor.
+    pub mfu: f64,
     /// The report; none in a dry run.
     pub report: Option<PathBuf>,
     /// A signal ended the run before its last step.
@@ -158,11 +190,22 @@ pub fn run(
         .num_threads(resolved.compute_threads)
         .build()
         .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
-    // While the memory is free.
-    let peaks = options.profile.then(|| pool.install(|| peaks::measure(&device, dtype)));
-    let peaks = peaks.transpose()?;
-    let mut trainer =
-        pool.install(|| Trainer::new(device, config.model, dtype, settings(config, &resolved)))?;
+    let (mut step, mut batches) = (settings(config, &resolved), loader_config(config, &resolved));
+    if matches!(device, Device::Cuda(_)) && config.method.crop == Crop::RandomResized {
+        // Anew for each image in each epoch: too much for most hosts, nothing to a GPU.
+        step.resize = Some(config.method.interpolation);
+        batches.resample = Resample::OnDevice;
+    }
+    // Before the trainer takes the memory.
+    let peak = pool.install(|| Peak::measure(&device, dtype))?;
+    let roofs = match &peak {
+        Some(peak) if options.profile => Some(Peaks {
+            bytes_per_second: pool.install(|| peaks::copy(&device))?.bytes_per_second(),
+            flops_per_second: peak.flops_per_s,
+        }),
+        _ => None,
+    };
+    let mut trainer = pool.install(|| Trainer::new(device, config.model, dtype, step))?;
 
     let mut state = State {
         step: 0,
@@ -200,6 +243,8 @@ pub fn run(
         source: source.path().display().to_string(),
         parameters: trainer.mae.table().parameters(),
         memory_bytes: trainer.memory_bytes(),
+        step_cost: cost::step(&trainer, micro_batches),
+        peak,
         steps: planned,
         steps_per_epoch,
         resumed_from,
@@ -208,11 +253,14 @@ pub fn run(
     tell(Event::Start(&plan));
     let records = dir.map(|dir| Records::open(dir, config, options, &plan)).transpose()?;
     let last = if options.dry_run { DRY_STEPS.min(planned) } else { planned };
+    let loader = |trainer: &Trainer| {
+        Loader::for_device(trainer.device(), source.clone(), batches.clone(), state.step)
+    };
     // Before the loader's threads, which would take from it.
-    if let (Some(peaks), true) = (peaks, state.step < last) {
-        let loader = Loader::new(source.clone(), loader_config(config, &resolved), state.step)?;
+    if options.profile && state.step < last {
+        let loader = loader(&trainer)?;
         if let Some(profile) =
-            pool.install(|| profile(&mut trainer, loader, micro_batches, peaks, stop))?
+            pool.install(|| profile(&mut trainer, loader, micro_batches, roofs, stop))?
         {
             let folder = records.as_ref().map(|records| records.profile(&profile)).transpose()?;
             tell(Event::Profile(&profile, folder.as_deref()));
@@ -222,7 +270,7 @@ pub fn run(
         config,
         stop,
         tell,
-        loader: Loader::new(source.clone(), loader_config(config, &resolved), state.step)?,
+        loader: loader(&trainer)?,
         gallery: Gallery::new(config, &resolved, &source, &trainer)?,
         pool,
         trainer,
@@ -233,6 +281,8 @@ pub fn run(
         records,
         saved_step: resumed_from,
         pace: Pace::default(),
+        step_flops: plan.peak.map_or(f64::NAN, |_| plan.step_cost.flops as f64),
+        peak_flops_per_s: plan.peak.map_or(f64::NAN, |peak| peak.flops_per_s),
     };
     for warning in warnings {
         run.notice(NoticeKind::Warning, &warning)?;
@@ -253,6 +303,7 @@ pub fn settings(config: &Config, resolved: &Resolved) -> Settings {
         norm_pix: config.method.norm_pix,
         kept: config.kept_patches(),
         mask_block: config.method.mask_block,
+        resize: None,
         mean: config.data.mean,
         std: config.data.std,
         betas: config.optim.betas,
@@ -270,25 +321,17 @@ fn profile(
     trainer: &mut Trainer,
     mut loader: Loader,
     micro_batches: usize,
-    peaks: Peaks,
+    roofs: Option<Peaks>,
     stop: &AtomicBool,
 ) -> Result<Option<StepProfile>> {
     let Some(batch) = loader.next(stop)? else { return Ok(None) };
     drop(loader);
-    StepProfile::take(trainer, micro_batch(&batch), micro_batches, Some(peaks), stop)
+    StepProfile::take(trainer, (&batch).into(), micro_batches, roofs, stop)
 }
 
-/// A loaded batch as the trainer takes it.
-fn micro_batch(batch: &loader::Batch) -> MicroBatch<'_> {
-    MicroBatch {
-        images: &batch.images,
-        geometry: bytemuck::cast_slice(&batch.geometry),
-        samples: &batch.samples,
-        epoch: batch.epoch,
-    }
-}
-
-fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
+/// The batches that a config describes.
+#[must_use]
+pub fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
     LoaderConfig {
         image_size: config.model.image_size,
         crop: config.method.crop,
@@ -303,6 +346,7 @@ fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
         prefetch: config.data.prefetch,
         cache_bytes: config.data.cache_mib << 20,
         max_bad_share: config.data.max_bad_share,
+        resample: Resample::OnHost,
     }
 }
 
@@ -334,6 +378,9 @@ struct Run<'a> {
     /// Step of the newest checkpoint.
     saved_step: Option<u64>,
     pace: Pace,
+    /// Operations of a step's products, and those that a second can have. Not numbers where times mean nothing.
+    step_flops: f64,
+    peak_flops_per_s: f64,
 }
 
 /// How training ended, short of an error.
@@ -392,8 +439,7 @@ impl Run<'_> {
                 }
             }
             samples.extend_from_slice(&batch.samples);
-            let micro = micro_batch(&batch);
-            self.pool.install(|| self.trainer.accumulate(micro, self.micro_batches))?;
+            self.pool.install(|| self.trainer.accumulate_batch(&batch, self.micro_batches))?;
             self.loader.recycle(batch);
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
@@ -451,6 +497,7 @@ impl Run<'_> {
             state.smoothed_loss = before + share * (outcome.loss - before);
         }
         pace.add(time, wait);
+        let flops_per_s = pace.lap().flops_per_s(self.step_flops);
         let record = StepRecord {
             step: state.step,
             epoch: state.step as f64 / state.steps_per_epoch as f64,
@@ -459,6 +506,8 @@ impl Run<'_> {
             grad_norm: outcome.grad_norm,
             images_per_s: pace.lap().images_per_s(config.optim.global_batch),
             data_wait: pace.lap().data_wait(),
+            tflop_per_s: flops_per_s / 1e12,
+            mfu: flops_per_s / self.peak_flops_per_s,
         };
         let logged = state.step.is_multiple_of(config.log.every) || state.step == self.last;
         if logged {
@@ -523,9 +572,11 @@ impl Run<'_> {
     }
 
     fn report(&mut self, status: &str) -> Result<Option<PathBuf>> {
-        let speed = self.pace.whole().images_per_s(self.config.optim.global_batch);
+        let whole = self.pace.whole();
+        let speed = whole.images_per_s(self.config.optim.global_batch);
+        let mfu = whole.flops_per_s(self.step_flops) / self.peak_flops_per_s;
         let Some(records) = &self.records else { return Ok(None) };
-        records.report(status, &self.state, self.schedule.total, speed).map(Some)
+        records.report(status, &self.state, self.schedule.total, [speed, mfu]).map(Some)
     }
 
     /// Saves what there is, writes the report, and says how it went.
@@ -557,11 +608,14 @@ impl Run<'_> {
         let status = if interrupted { "interrupted; --resume auto goes on" } else { "finished" };
         let report = self.report(status)?;
         let whole = self.pace.whole();
+        let flops_per_s = whole.flops_per_s(self.step_flops);
         Ok(Summary {
             steps: self.state.step,
             loss: self.state.smoothed_loss,
             images_per_s: whole.images_per_s(self.config.optim.global_batch),
             data_wait: whole.data_wait(),
+            tflop_per_s: flops_per_s / 1e12,
+            mfu: flops_per_s / self.peak_flops_per_s,
             report,
             interrupted,
         })

@@ -1,4 +1,4 @@
-//! How fast a run is, and how much of its time it waits for data.
+//! How fast a run is, how much of the device's peak that takes, and how much of its time it waits for data.
 
 use std::time::Duration;
 
@@ -78,6 +78,11 @@ impl Lap {
     pub(super) fn images_per_s(&self, images: usize) -> f64 {
         let seconds = self.time.as_secs_f64().max(f64::MIN_POSITIVE);
         self.steps as f64 * images as f64 / seconds
+    }
+
+    /// Operations in a second, if a step has so many.
+    pub(super) fn flops_per_s(&self, step_flops: f64) -> f64 {
+        self.steps as f64 * step_flops / self.time.as_secs_f64().max(f64::MIN_POSITIVE)
     }
 
     pub(super) fn data_wait(&self) -> f64 {

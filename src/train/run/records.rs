@@ -46,8 +46,19 @@ impl Records {
         let (title, step) = (options.title.as_str(), plan.resumed_from);
         let bad_images = BadImages::open(&dir, title, step)?;
         let known_bad = metrics::read::<BadImage>(&dir)?.into_iter().map(|bad| bad.name).collect();
+        let peak = plan.peak.map_or_else(
+            || "not measured: the host executor's times mean nothing".into(),
+            |peak| {
+                format!(
+                    "{:.3} TFLOP/s in a product of {side} x {side}",
+                    peak.flops_per_s / 1e12,
+                    side = peak.side
+                )
+            },
+        );
         let facts = vec![
             ("device", plan.device.clone()),
+            ("peak", peak),
             ("batch", plan.batch.clone()),
             ("data", format!("{} images: {}", plan.images, plan.source)),
             ("parameters", plan.parameters.to_string()),
@@ -81,13 +92,16 @@ impl Records {
 
     pub(super) fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.metrics.write(record)?;
-        let curves = [
+        let mut curves = vec![
             ("train/loss", record.loss),
             ("train/lr", record.lr),
             ("train/grad_norm", record.grad_norm),
             ("speed/images_per_s", record.images_per_s),
             ("speed/data_wait", record.data_wait),
         ];
+        if record.mfu.is_finite() {
+            curves.extend([("speed/tflop_per_s", record.tflop_per_s), ("speed/mfu", record.mfu)]);
+        }
         self.events.scalars(record.step, &curves)
     }
 
@@ -134,7 +148,7 @@ impl Records {
         status: &str,
         state: &State,
         planned: u64,
-        images_per_s: f64,
+        [images_per_s, mfu]: [f64; 2],
     ) -> Result<PathBuf> {
         let mut pictures = timeline::list(&self.dir.join("viz"))?;
         // A rewound run draws later ones anew.
@@ -150,6 +164,7 @@ impl Records {
                 planned,
                 loss: state.smoothed_loss,
                 images_per_s,
+                mfu,
                 records: &metrics::read::<StepRecord>(&self.dir)?,
                 pictures: &pictures,
                 timeline: timeline.as_deref(),

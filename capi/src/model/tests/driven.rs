@@ -71,6 +71,7 @@ pub(super) fn step_settings() -> Settings {
         norm_pix: true,
         kept: 4,
         mask_block: 1,
+        resize: None,
         mean: sizes.mean,
         std: sizes.std,
         betas: sizes.betas,

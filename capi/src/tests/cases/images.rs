@@ -2,9 +2,10 @@
 
 use pixmim_core::ops::input::Target;
 use pixmim_core::ops::random_masking::Noise;
+use pixmim_core::ops::resize::Interpolation;
 use pixmim_core::ops::{
     add_positions, gather_tokens, input, low_freq_target, masked_mse_loss, patch_embed,
-    random_masking, restore_tokens,
+    random_masking, resize, restore_tokens,
 };
 
 use super::*;
@@ -43,6 +44,27 @@ pub(super) fn images(lab: &Lab) -> Vec<Case> {
                         },
                         block: v.size("block"),
                         workspace: v.out("workspace"),
+                    },
+                )
+            }
+        ),
+        case!(
+            pixmim_resize_forward {
+                context: context(lab),
+                crops: lab.out(DType::U8, &[B, SIDE, SIDE, 3]),
+                images: lab.inp(DType::U8, &[IMAGE_BYTES]),
+                geometry: lab.holding(DType::I64, &[B, 6], &WHOLE),
+                interpolation: int(PIXMIM_BILINEAR.into()),
+                stream: stream(),
+            },
+            |v| {
+                resize::forward(
+                    v.dev,
+                    resize::Forward {
+                        crops: v.out("crops"),
+                        images: v.inp("images"),
+                        geometry: v.inp("geometry"),
+                        interpolation: Interpolation::Bilinear,
                     },
                 )
             }

@@ -167,6 +167,9 @@ fn ids_restore(lab: &Lab) -> Arg {
 const IMAGE_BYTES: usize = 3 * (12 * 12 + 14 * 13 + 12 * 12);
 const GEOMETRY: [i64; 6 * B] = [0, 12, 12, 0, 0, 0, 432, 14, 13, 1, 1, 1, 978, 12, 12, -2, 0, 0];
 
+/// All of each of them.
+const WHOLE: [i64; 6 * B] = [0, 12, 12, 0, 0, 0, 432, 14, 13, 0, 0, 1, 978, 12, 12, 0, 0, 0];
+
 /// A call of each function of the header that takes what this device has.
 pub(super) fn cases(lab: &Lab) -> Vec<Case> {
     let parts = [
