@@ -217,7 +217,9 @@ fn ops_do_not_print_or_read_files_or_the_clock() {
 #[test]
 fn every_op_opens_its_span() {
     // So that no profile leaves out its time.
+    let drawing = read("src/train/timing/drawing.rs");
     for op in ops() {
+        assert!(drawing.contains(&format!("(\"{op}\", \"#")), "{op} has no colour in a timeline");
         let source = read(format!("src/ops/{op}.rs"));
         for body in source.split("\npub fn ").skip(1) {
             let body = body.split("\n}").next().unwrap();
