@@ -150,6 +150,27 @@ impl Device {
         gpu.driver().upload_buffer(dst.dev_ptr(), src)
     }
 
+    /// Copies numbers into a tensor of this device, over and over until it is full. They cross to a GPU once.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload); [`Error::Shape`] for no numbers.
+    pub fn fill<T: Element>(&self, dst: TensorMut<'_>, src: &[T]) -> Result<()> {
+        let (elems, count) = (dst.elems(), dst.elems().min(src.len()));
+        if count == 0 && elems > 0 {
+            let expected = "at least one element".into();
+            return Err(Error::Shape { op: "fill", arg: "src", expected, found: vec![0] });
+        }
+        let (mut first, mut rest) = dst.reshaped(&[elems])?.split_at(count);
+        self.upload(first.reborrow(), &src[..count])?;
+        while rest.elems() > 0 {
+            let count = count.min(rest.elems());
+            let (part, others) = rest.split_at(count);
+            self.copy(part, first.as_ref().split_at(count).0)?;
+            rest = others;
+        }
+        Ok(())
+    }
+
     /// The numbers of a tensor of this device: its own memory on the CPU, a copy of a GPU's after all work enqueued so far.
     ///
     /// # Errors

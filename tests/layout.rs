@@ -215,6 +215,23 @@ fn ops_do_not_print_or_read_files_or_the_clock() {
 }
 
 #[test]
+fn every_op_opens_its_span() {
+    // So that no profile leaves out its time.
+    for op in ops() {
+        let source = read(format!("src/ops/{op}.rs"));
+        for body in source.split("\npub fn ").skip(1) {
+            let body = body.split("\n}").next().unwrap();
+            let Some((name, body)) = body.split_once("(dev: &Device, args:") else { continue };
+            let span = format!("let _span = dev.span(\"{op}::{name}\", ");
+            let check = body.find("check(dev)?").or_else(|| body.find(".expect(")).unwrap();
+            let at = body.find(&span).unwrap_or_else(|| panic!("{op}::{name} opens no span"));
+            let work = body.find("match dev {").unwrap();
+            assert!(check < at && at < work, "{op}::{name}: the span is of what follows the check");
+        }
+    }
+}
+
+#[test]
 fn every_op_is_exported_to_c() {
     let header = read("capi/include/pixmim.h");
     for op in ops() {

@@ -27,7 +27,7 @@ pub(super) use self::handles::{Event, Memory, Stream};
 use self::kernels::{Kernels, Suspects};
 use self::outbox::Outbox;
 use crate::cuda::cublaslt::{Lane, Plans, WORKSPACE_BYTES};
-use crate::cuda::driver::{Clock, DevPtr, Driver, Graph, Launch, Matmul, Properties};
+use crate::cuda::driver::{Clock, DevPtr, Driver, Epilogues, Graph, Launch, Matmul, Properties};
 use crate::cuda::kernels::FATBINS;
 use crate::cuda::probe::{self, Found};
 use crate::device::{HostBuffer, HostMemory};
@@ -321,6 +321,16 @@ impl Driver for Nvidia {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.0.bind()?;
         self.0.gpu.kernels.launch(launch, &self.0.stream, &self.0.suspects)
+    }
+
+    fn epilogues(&self) -> Epilogues {
+        self.0.gpu.plans.epilogues()
+    }
+
+    fn offers(&self, matmul: &Matmul) -> Result<bool> {
+        self.0.bind()?;
+        let lane = Lane { stream: &self.0.stream, workspace: self.0.workspace()? };
+        self.0.gpu.plans.offers(matmul, lane).map_err(|error| self.0.blame(error))
     }
 
     fn matmul(&self, matmul: &Matmul) -> Result<()> {

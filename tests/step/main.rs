@@ -5,7 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
 #![cfg(pixmim_simt)]
 
-use pixmim::cuda::SimtOptions;
+use pixmim::cuda::{Epilogues, SimtOptions};
 use pixmim::data::Image;
 use pixmim::data::loader::Batch;
 use pixmim::data::resize::{Rect, resize};
@@ -52,10 +52,15 @@ fn settings() -> Settings {
 }
 
 fn gpu(seed: u32) -> Device {
+    gpu_with(SimtOptions { seed, ..SimtOptions::default() })
+}
+
+/// A real GPU has no such options; its epilogues are those of `PIXMIM_EPILOGUES`.
+fn gpu_with(options: SimtOptions) -> Device {
     let is_real = std::env::var("PIXMIM_TEST_DEVICE").is_ok_and(|name| name == "cuda");
     Device::Cuda(match is_real {
         true => Gpu::nvidia(0).unwrap(),
-        false => Gpu::simt(SimtOptions { seed, ..SimtOptions::default() }).unwrap(),
+        false => Gpu::simt(options).unwrap(),
     })
 }
 
@@ -132,10 +137,11 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 fn follows_the_cpu(dtype: DType, settings: Settings, loss_off: f64, least_cosine: f64) {
-    network_follows_the_cpu(NET, dtype, settings, loss_off, least_cosine);
+    network_follows_the_cpu(gpu(0), NET, dtype, settings, loss_off, least_cosine);
 }
 
 fn network_follows_the_cpu(
+    dev: Device,
     net: MaeConfig,
     dtype: DType,
     settings: Settings,
@@ -143,7 +149,7 @@ fn network_follows_the_cpu(
     least_cosine: f64,
 ) {
     let mut exact = Trainer::new(Device::cpu(), net, DType::F32, settings.clone()).unwrap();
-    let mut tested = Trainer::new(gpu(0), net, dtype, settings).unwrap();
+    let mut tested = Trainer::new(dev, net, dtype, settings).unwrap();
     for number in 0..10 {
         let (want, got) = (step(&mut exact, number), step(&mut tested, number));
         assert!(got.updated);
@@ -185,8 +191,39 @@ fn ten_steps_on_raw_pixels_in_masked_blocks_follow_the_cpu() {
 fn ten_steps_on_patches_of_14_follow_the_cpu() {
     let net = MaeConfig { image_size: 28, patch_size: 14, decoder_depth: 1, ..NET };
     let settings = Settings { kept: 1, radius: Some(5.0), ..settings() };
-    network_follows_the_cpu(net, DType::Bf16, settings.clone(), 5e-3, 0.999);
-    network_follows_the_cpu(net, DType::F32, settings, 1e-4, 0.9999);
+    network_follows_the_cpu(gpu(0), net, DType::Bf16, settings.clone(), 5e-3, 0.999);
+    network_follows_the_cpu(gpu(0), net, DType::F32, settings, 1e-4, 0.9999);
+}
+
+/// GELU's other form is nearer to the exact one than bf16 is.
+#[test]
+fn ten_steps_with_gelu_and_bias_gradients_in_products_follow_the_cpu() {
+    let epilogues = Epilogues { gelu: true, bias: true };
+    let dev = || gpu_with(SimtOptions { epilogues, ..SimtOptions::default() });
+    network_follows_the_cpu(dev(), NET, DType::Bf16, settings(), 5e-3, 0.999);
+    network_follows_the_cpu(dev(), NET, DType::F32, settings(), 1e-4, 0.9999);
+}
+
+#[test]
+fn epilogues_change_the_bits_they_should_and_no_others() {
+    let run = |epilogues| {
+        let dev =
+            Device::Cuda(Gpu::simt(SimtOptions { epilogues, ..SimtOptions::default() }).unwrap());
+        let mut trainer = trainer(dev, DType::Bf16, settings());
+        let outcome = step(&mut trainer, 0);
+        let table = trainer.mae.table();
+        let grad = |i| trainer.device().download::<f32>(trainer.grads.view(i)).unwrap();
+        let grads = table.specs().iter().enumerate().map(|(i, spec)| (spec.name.clone(), grad(i)));
+        (outcome.loss, grads.collect::<Vec<_>>())
+    };
+    let plain = run(Epilogues::default());
+    let bias = run(Epilogues { gelu: false, bias: true });
+    assert_eq!(bias.0, plain.0);
+    for ((name, with), (_, without)) in bias.1.iter().zip(&plain.1) {
+        assert!(name.ends_with("bias") || with == without, "{name}");
+    }
+    assert!(bias.1 != plain.1, "sums in another order are not all the same");
+    assert!(run(Epilogues { gelu: true, bias: false }).0 != plain.0);
 }
 
 #[test]

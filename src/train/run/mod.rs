@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::checkpoint::State;
-use super::config::{Config, Resolved, Target};
+use super::config::{Config, Crop, Resolved, Target};
 use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
 use super::state::Snapshot;
@@ -23,7 +23,7 @@ use super::{StepRecord, checkpoint, cost, peaks};
 use crate::data::loader::{Loader, LoaderConfig, Resample};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
-use crate::ops::cost::Cost;
+use crate::ops::cost::{Cost, Peaks};
 use crate::{DType, Device, Error, Result};
 
 use gallery::Gallery;
@@ -190,10 +190,22 @@ pub fn run(
         .num_threads(resolved.compute_threads)
         .build()
         .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
+    let (mut step, mut batches) = (settings(config, &resolved), loader_config(config, &resolved));
+    if matches!(device, Device::Cuda(_)) && config.method.crop == Crop::RandomResized {
+        // Anew for each image in each epoch: too much for most hosts, nothing to a GPU.
+        step.resize = Some(config.method.interpolation);
+        batches.resample = Resample::OnDevice;
+    }
     // Before the trainer takes the memory.
     let peak = pool.install(|| Peak::measure(&device, dtype))?;
-    let mut trainer =
-        pool.install(|| Trainer::new(device, config.model, dtype, settings(config, &resolved)))?;
+    let roofs = match &peak {
+        Some(peak) if options.profile => Some(Peaks {
+            bytes_per_second: pool.install(|| peaks::copy(&device))?.bytes_per_second(),
+            flops_per_second: peak.flops_per_s,
+        }),
+        _ => None,
+    };
+    let mut trainer = pool.install(|| Trainer::new(device, config.model, dtype, step))?;
 
     let mut state = State {
         step: 0,
@@ -241,11 +253,14 @@ pub fn run(
     tell(Event::Start(&plan));
     let records = dir.map(|dir| Records::open(dir, config, options, &plan)).transpose()?;
     let last = if options.dry_run { DRY_STEPS.min(planned) } else { planned };
+    let loader = |trainer: &Trainer| {
+        Loader::for_device(trainer.device(), source.clone(), batches.clone(), state.step)
+    };
     // Before the loader's threads, which would take from it.
     if options.profile && state.step < last {
-        let loader = Loader::new(source.clone(), loader_config(config, &resolved), state.step)?;
+        let loader = loader(&trainer)?;
         if let Some(profile) =
-            pool.install(|| profile(&mut trainer, loader, micro_batches, stop))?
+            pool.install(|| profile(&mut trainer, loader, micro_batches, roofs, stop))?
         {
             let folder = records.as_ref().map(|records| records.profile(&profile)).transpose()?;
             tell(Event::Profile(&profile, folder.as_deref()));
@@ -255,12 +270,7 @@ pub fn run(
         config,
         stop,
         tell,
-        loader: Loader::for_device(
-            trainer.device(),
-            source.clone(),
-            loader_config(config, &resolved),
-            state.step,
-        )?,
+        loader: loader(&trainer)?,
         gallery: Gallery::new(config, &resolved, &source, &trainer)?,
         pool,
         trainer,
@@ -311,11 +321,12 @@ fn profile(
     trainer: &mut Trainer,
     mut loader: Loader,
     micro_batches: usize,
+    roofs: Option<Peaks>,
     stop: &AtomicBool,
 ) -> Result<Option<StepProfile>> {
     let Some(batch) = loader.next(stop)? else { return Ok(None) };
     drop(loader);
-    StepProfile::take(trainer, (&batch).into(), micro_batches, None, stop)
+    StepProfile::take(trainer, (&batch).into(), micro_batches, roofs, stop)
 }
 
 /// The batches that a config describes.

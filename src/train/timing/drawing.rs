@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::StepProfile;
-use super::table::{digits, milliseconds, share};
+use super::table::{digits, milliseconds, rate, share};
 use super::trace::span_name;
 use crate::profile::Span;
 use crate::train::svg::{Axis, escape};
@@ -176,7 +176,7 @@ impl Line {
         let took = format!("{} ms", digits(milliseconds(span.took())));
         let (op, _) = span.name.split_once("::").unwrap_or((span.name, ""));
         let (lane, height, class, paint, words) = match span.cost {
-            Some(_) => (self.lanes, OPS, "steps-on", paint(op), vec![op.into()]),
+            Some(_) => (self.lanes, OPS, "steps-on", paint(op), vec![op.to_owned()]),
             None => {
                 let number = span.index.map(|index| index.to_string()).unwrap_or_default();
                 let words = vec![format!("{name}  {took}"), name.clone(), number];
@@ -187,7 +187,8 @@ impl Line {
         let _ = writeln!(
             svg,
             "<rect {paint} x=\"{left:.2}\" y=\"{top:.1}\" width=\"{width:.2}\" height=\"{height}\">\
-             <title>{name}: {took}</title></rect>"
+             <title>{name}: {took}{}</title></rect>",
+            rates(span)
         );
         let fits = |word: &&String| {
             !word.is_empty() && LETTER * word.chars().count() as f64 + 6.0 <= width
@@ -201,6 +202,16 @@ impl Line {
             );
         }
     }
+}
+
+/// What an op moved and computed in a second.
+fn rates(span: &Span) -> String {
+    let cost = span.cost.unwrap_or_default();
+    [(cost.bytes, 1e9, "GB/s"), (cost.flops, 1e12, "TFLOP/s")]
+        .into_iter()
+        .filter(|(amount, ..)| *amount > 0)
+        .map(|(amount, unit, name)| format!(", {} {name}", rate(amount, span.took(), unit)))
+        .collect()
 }
 
 /// The attribute that gives an op's bar its colour; one that is not known is grey.
