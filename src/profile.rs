@@ -393,7 +393,11 @@ mod tests {
         // The inner one has not ended the outer one.
         assert_eq!(profile.spans().count(), 0);
         drop(stage("nobody looks", None));
-        let ((), profile) = collect(&dev, || Ok(drop(stage("stage", 3)))).unwrap();
+        let ((), profile) = collect(&dev, || {
+            drop(stage("stage", 3));
+            Ok(())
+        })
+        .unwrap();
         assert_eq!(outline(&profile), [("stage", Some(3), 0)]);
     }
 
