@@ -217,11 +217,16 @@ fn ops_do_not_print_or_read_files_or_the_clock() {
 #[test]
 fn every_op_opens_its_span() {
     // So that no profile leaves out its time.
+    let drawing = read("src/train/timing/drawing.rs");
     for op in ops() {
+        assert!(drawing.contains(&format!("(\"{op}\", \"#")), "{op} has no colour in a timeline");
         let source = read(format!("src/ops/{op}.rs"));
         for body in source.split("\npub fn ").skip(1) {
             let body = body.split("\n}").next().unwrap();
             let Some((name, body)) = body.split_once("(dev: &Device, args:") else { continue };
+            // However the formatter has broken its lines.
+            let body = body.split_whitespace().collect::<Vec<_>>().join(" ");
+            let body = body.replace("dev .span", "dev.span").replace("span( ", "span(");
             let span = format!("let _span = dev.span(\"{op}::{name}\", ");
             let check = body.find("check(dev)?").or_else(|| body.find(".expect(")).unwrap();
             let at = body.find(&span).unwrap_or_else(|| panic!("{op}::{name} opens no span"));

@@ -7,6 +7,8 @@ import sys
 import time
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 
 BF16, F32 = torch.bfloat16, torch.float32
 COLUMNS = ("op", "direction", "shape", "batch", "precision", "variant", "ms", "low_ms", "high_ms",
@@ -26,7 +28,7 @@ class Bench:
         self.device, self.smoke = device, smoke
         self.out, self.table = out, csv.writer(out, lineterminator="\n")
         self.section, self.until, self.end = "", end, end
-        self.failures, self.peaks, self.clocks = [], {}, ("", "")
+        self.failures, self.peaks, self.clocks = [], {}, None
         self.flushed = torch.empty(self.pick(FLUSHED_BYTES, 1), dtype=torch.uint8, device=device)
         self.table.writerow(COLUMNS)
 
@@ -64,6 +66,8 @@ class Bench:
         """A function as it is, and compiled."""
         # After eight shapes of one function the compiler would leave the ninth as it is.
         torch._dynamo.reset()
+        # Gradients are taken many times of one result.
+        torch._functorch.config.donated_buffer = False
         return {"eager": run, "compiled": self.compile(run)}
 
     def agrees(self, name, got, want, tolerance):
@@ -77,7 +81,7 @@ class Bench:
         return True
 
     def times(self, run, windows=15, warm_up=3):
-        """Milliseconds of runs, one by one, sorted. Clock and power are those while they run."""
+        """Milliseconds of runs, one by one, sorted."""
         if time.monotonic() > min(self.until, self.end):
             raise OutOfTime
         warm_up, windows = self.pick((warm_up, windows), (1, 2))
@@ -90,6 +94,7 @@ class Bench:
                 run()
                 times.append(1e3 * (time.perf_counter() - begin))
             return sorted(times)
+        self.clocks = self.clocks or clocks_under(run)
         events = []
         for _ in range(windows):
             self.flushed.zero_()
@@ -97,8 +102,6 @@ class Bench:
             events[-1][0].record()
             run()
             events[-1][1].record()
-        if self.clocks == ("", ""):
-            self.clocks = clocks()
         torch.cuda.synchronize()
         return sorted(begin.elapsed_time(end) for begin, end in events)
 
@@ -113,11 +116,12 @@ class Bench:
         rates = [f"{amount / seconds / unit:.4g}" if amount else ""
                  for amount, unit in ((images, 1), (nbytes, 1e9), (flops, 1e12))]
         self.table.writerow((*name, batch, precision, variant, f"{ms:.4f}", f"{low:.4f}", f"{high:.4f}", *rates, share,
-                             *self.clocks))
+                             *(self.clocks or ("", ""))))
         self.out.flush()
 
     def run(self, section, seconds):
-        self.section, self.until, self.clocks = section.__name__, time.monotonic() + seconds, ("", "")
+        self.section, self.until, self.clocks = section.__name__, time.monotonic() + seconds, None
+        torch._functorch.config.donated_buffer = True
         try:
             section(self)
         except OutOfTime:
@@ -129,12 +133,18 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def clocks():
-    """SM clock in MHz and power in W now; empty where the driver's tool is not there."""
+def clocks_under(run):
+    """SM clock in MHz and power in W while a GPU is kept busy; empty where the driver's tool is not there."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
+        tool = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
         return "", ""
-    values = [value.strip() for value in done.stdout.split(",")]
-    return tuple(values) if done.returncode == 0 and len(values) == 2 else ("", "")
+    until = time.monotonic() + 5
+    while tool.poll() is None:
+        run()
+        torch.cuda.synchronize()
+        if time.monotonic() > until:
+            tool.kill()
+    values = [value.strip() for value in tool.communicate()[0].split(",")]
+    return tuple(values) if tool.returncode == 0 and len(values) == 2 else ("", "")

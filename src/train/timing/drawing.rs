@@ -26,7 +26,7 @@ const MOST_LINES: usize = 6;
 const LETTER: f64 = 6.1;
 
 /// A colour for each op, that is told from its neighbours in the step on white and on black.
-const COLOURS: [(&str, &str); 19] = [
+const COLOURS: [(&str, &str); 20] = [
     ("linear", "#3f7fd6"),
     ("attention", "#e08534"),
     ("layer_norm", "#35a877"),
@@ -34,6 +34,7 @@ const COLOURS: [(&str, &str); 19] = [
     ("masked_mse_loss", "#d64a62"),
     ("adamw", "#b3961c"),
     ("input", "#22a6b8"),
+    ("resize", "#7ac7b4"),
     ("patch_embed", "#83b2f0"),
     ("add_positions", "#cf7fbd"),
     ("restore_tokens", "#8f6f4e"),

@@ -54,7 +54,7 @@ fn a_buffer_is_written_again_only_after_it_was_read() {
     buffer.fill(2);
     assert_eq!(download(&gpu, a, BYTES), counted(7));
     assert_eq!(download(&gpu, b, BYTES), counted(9));
-    [a, b, c].map(|memory| gpu.free(memory));
+    [a, b, c].into_iter().for_each(|memory| gpu.free(memory));
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn uploads_of_a_buffer_keep_the_order_of_calls() {
             fill(&gpu, memory, 2, 0).unwrap();
         }
     }
-    [memory, copy].map(|memory| gpu.free(memory));
+    [memory, copy].into_iter().for_each(|memory| gpu.free(memory));
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn a_buffer_read_by_two_streams_waits_for_both() {
     buffer.fill(0);
     assert_eq!(download(&gpu, a, BYTES), counted(7));
     assert_eq!(download(&other, b, BYTES), counted(7));
-    [a, b].map(|memory| gpu.free(memory));
+    [a, b].into_iter().for_each(|memory| gpu.free(memory));
     drop(other);
 }
 
