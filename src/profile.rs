@@ -147,10 +147,15 @@ pub fn collect<R>(dev: &Device, work: impl FnOnce() -> Result<R>) -> Result<(R, 
     let session = Session;
     COLLECTING.set(true);
     let done = work();
-    let collector = COLLECTOR.take();
+    let collector = end_collecting();
     drop(session);
     let done = done?;
-    Ok((done, collector.expect("set above, and taken here only").finish()?))
+    Ok((done, collector.finish()?))
+}
+
+/// The thread's collector, whose work is over.
+fn end_collecting() -> Collector {
+    COLLECTOR.take().expect("set where the work begins, and taken where it ends")
 }
 
 /// Whether this thread's spans are being collected.
@@ -388,7 +393,11 @@ mod tests {
         // The inner one has not ended the outer one.
         assert_eq!(profile.spans().count(), 0);
         drop(stage("nobody looks", None));
-        let ((), profile) = collect(&dev, || Ok(drop(stage("stage", 3)))).unwrap();
+        let ((), profile) = collect(&dev, || {
+            drop(stage("stage", 3));
+            Ok(())
+        })
+        .unwrap();
         assert_eq!(outline(&profile), [("stage", Some(3), 0)]);
     }
 

@@ -27,7 +27,7 @@ pub(crate) fn pack(plan: &Plan, stop: &AtomicBool) -> Result<()> {
     say(&format!("pixmim {} | pack_dataset", pixmim::VERSION));
     say(&format!("data      {} images: {}", plan.source.len(), plan.source.path().display()));
     say(&format!(
-        "out       {}, {} shards, {finished} of them there already",
+        "out       {}: {finished} of {} shards are there already",
         plan.out.display(),
         plan.set.shards
     ));

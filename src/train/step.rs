@@ -292,14 +292,12 @@ impl Trainer {
         self.accumulate_inputs(Inputs::on_host(batch, &epoch)?, None, micro_batches)
     }
 
-    /// As [`accumulate`](Self::accumulate), of a batch of the loader's. If that is [made for](Loader::for_device) this
-    /// device, the images are not copied on the host: the GPU reads them where they are, and the loader fills that memory
-    /// anew when it has.
+    /// As [`accumulate`](Self::accumulate), of a batch of the loader's. If that is
+    /// [made for](crate::data::loader::Loader::for_device) this device, the images are not copied on the host: the GPU reads
+    /// them where they are, and the loader fills that memory anew when it has.
     ///
     /// # Errors
     /// As [`accumulate`](Self::accumulate).
-    ///
-    /// [`Loader::for_device`]: crate::data::loader::Loader::for_device
     pub fn accumulate_batch(&mut self, batch: &Batch, micro_batches: usize) -> Result<()> {
         let epoch = [i64::from(batch.epoch)];
         let inputs = Inputs::on_host(batch.into(), &epoch)?;
