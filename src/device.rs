@@ -291,3 +291,22 @@ fn expect_elems(call: Call<'_>, arg: &'static str, found: usize, expected: usize
     let expected = format!("{expected} elements in all");
     Err(Error::Shape { op: call.op, arg, expected, found: vec![found] })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tensor;
+
+    #[test]
+    fn numbers_are_repeated_until_the_tensor_is_full() {
+        let dev = Device::cpu();
+        let mut tensor = Tensor::new(&dev, DType::I32, &[2, 4]).unwrap();
+        dev.fill(tensor.view_mut(), &[1i32, 2, 3]).unwrap();
+        assert_eq!(tensor.slice::<i32>(0..8), [1, 2, 3, 1, 2, 3, 1, 2]);
+        dev.fill(tensor.view_mut(), &[9i32; 20]).unwrap();
+        assert_eq!(tensor.slice::<i32>(0..8), [9; 8], "more numbers than there is room for");
+        let refused = dev.fill(tensor.view_mut(), &[0i32; 0]).unwrap_err();
+        assert!(refused.to_string().contains("at least one element"), "{refused}");
+        dev.fill(Tensor::new(&dev, DType::I32, &[0]).unwrap().view_mut(), &[0i32; 0]).unwrap();
+    }
+}

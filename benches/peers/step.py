@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from mae_step import SIZES, Trainer, adamw, check
 from measure import BF16
 from ops import BACKENDS, low_pass_filters
@@ -138,11 +139,26 @@ def method(bench):
         torch.set_default_dtype(default)
 
 
+def has_backend(bench, size, backend):
+    """Whether PyTorch has this attention here, for both stacks of the network."""
+    for dim, heads, tokens in ((size.width, size.heads, 50), (size.decoder_width, size.decoder_heads, 197)):
+        q = bench.random(1, heads, tokens, dim // heads).requires_grad_()
+        try:
+            with sdpa_kernel(BACKENDS[backend]):
+                F.scaled_dot_product_attention(q, q, q).sum().backward()
+        except RuntimeError:
+            return False
+    return True
+
+
 def step(bench, network, variant, batch, micro_batch, wanted):
     """Times a variant, once it has the loss and the gradients of the plain one, which `wanted` keeps."""
     size = SIZES[network]
     if bench.smoke:
         size, batch, micro_batch = replace(SIZES["small64"], depth=1, decoder_depth=1), 4, 2
+    if variant.backend and not has_backend(bench, size, variant.backend):
+        bench.say("left out: PyTorch has no such attention here")
+        return
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     key = network, micro_batch
