@@ -150,7 +150,8 @@ pub fn collect<R>(dev: &Device, work: impl FnOnce() -> Result<R>) -> Result<(R, 
     let collector = COLLECTOR.take();
     drop(session);
     let done = done?;
-    Ok((done, collector.expect("set above, and taken here only").finish()?))
+    let Some(collector) = collector else { unreachable!("set above, and taken here only") };
+    Ok((done, collector.finish()?))
 }
 
 /// Whether this thread's spans are being collected.
@@ -388,7 +389,11 @@ mod tests {
         // The inner one has not ended the outer one.
         assert_eq!(profile.spans().count(), 0);
         drop(stage("nobody looks", None));
-        let ((), profile) = collect(&dev, || Ok(drop(stage("stage", 3)))).unwrap();
+        let ((), profile) = collect(&dev, || {
+            drop(stage("stage", 3));
+            Ok(())
+        })
+        .unwrap();
         assert_eq!(outline(&profile), [("stage", Some(3), 0)]);
     }
 
