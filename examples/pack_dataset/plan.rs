@@ -50,17 +50,13 @@ impl Plan {
                 ),
             ));
         }
-        let how: [&[u8]; 4] = [
-            &cli.side.to_le_bytes(),
-            &(cli.interpolation as u32).to_le_bytes(),
-            &cli.images_per_shard.to_le_bytes(),
-            &u32::from(cli.exif_orientation).to_le_bytes(),
-        ];
+        // What else decides the bytes; side and interpolation are in the set themselves.
+        let how = [cli.images_per_shard, cli.exif_orientation.into()].map(u32::to_le_bytes);
         let set = Set {
             shards: shards as u32,
             side: cli.side,
             interpolation: cli.interpolation,
-            fingerprint: crc32c::crc32c_append(source.fingerprint(), &how.concat()),
+            fingerprint: crc32c::crc32c_append(source.fingerprint(), how.as_flattened()),
             classes: source.classes().to_vec(),
         };
 

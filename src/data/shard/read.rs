@@ -129,7 +129,7 @@ impl Shard {
     }
 
     /// Number of images; may be 0.
-    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
+    #[expect(clippy::len_without_is_empty, reason = "no images are as good as some")]
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.len()
