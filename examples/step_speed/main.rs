@@ -167,6 +167,7 @@ fn print(cli: &Cli, dev: &Device, measured: Measured) {
         ("loss", format!("{loss:.4}")),
         ("device", device),
         ("commit", commit.trim_end_matches(')').to_owned()),
+        ("products", switches(dev)),
     ];
     if cli.csv {
         println!("{}", values.each_ref().map(|(name, _)| *name).join(","));
@@ -174,6 +175,18 @@ fn print(cli: &Cli, dev: &Device, measured: Measured) {
     } else {
         println!("{}", values.map(|(name, value)| format!("{name}={value}")).join(" "));
     }
+}
+
+/// How a GPU was told to do matrix products: `timed+gelu+bias` at most, `default` at least.
+fn switches(dev: &Device) -> String {
+    let set = |name| std::env::var(name).ok().map(|value| value.replace(',', "+"));
+    let switches: Vec<_> = match dev {
+        Device::Cuda(gpu) if !gpu.properties().executor => {
+            ["PIXMIM_MATMUL", "PIXMIM_EPILOGUES"].into_iter().filter_map(set).collect()
+        }
+        _ => Vec::new(),
+    };
+    if switches.is_empty() { "default".into() } else { switches.join("+") }
 }
 
 /// Most memory this process had at once, from `/proc`; 0 where there is none.

@@ -5,6 +5,9 @@
 //! same in every run on the same GPU, driver and version. With `PIXMIM_MATMUL=timed` it is the fastest of those offered:
 //! some products gain, the first step takes longer, and since times of near equals vary, two runs may differ in their
 //! last bits.
+//!
+//! `PIXMIM_EPILOGUES=gelu,bias` (or one of the two) makes products do what are passes of their own by default: see
+//! [`Epilogues`] and docs/kernels/linear.md.
 
 mod descriptors;
 mod export;
@@ -16,8 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::descriptors::{Addresses, Algorithm, Handle, Product, arithmetics};
 use self::export::Pinned;
-use self::problem::{Add, Problem};
-use crate::cuda::driver::Matmul;
+use self::problem::{Add, Extra, Problem};
+use crate::cuda::driver::{Epilogue, Epilogues, Matmul};
 use crate::cuda::nvidia::Stream;
 use crate::cuda::probe::{Found, Gpu};
 use crate::{Error, Result};
@@ -43,15 +46,19 @@ pub(super) struct Plans {
     identity: String,
     /// Whether to time the algorithms; else the first is taken.
     timed: bool,
-    plans: RwLock<HashMap<Problem, Arc<Plan>>>,
+    epilogues: Epilogues,
+    plans: RwLock<HashMap<Problem, Planned>>,
     /// Chosen by an earlier run. Locked while planning, so that each product is planned once.
     imported: Mutex<Pinned>,
     handle: Handle,
 }
 
+/// None: cublasLt has no algorithm, and there is another way.
+type Planned = Option<Arc<Plan>>;
+
 #[derive(Debug)]
 struct Plan {
-    /// Locked for the microseconds that its enqueuing takes: it holds the address of the bias.
+    /// Locked for the microseconds that its enqueuing takes: it holds the addresses of the epilogue.
     product: Mutex<Product>,
     algorithm: Algorithm,
 }
@@ -73,31 +80,51 @@ impl Plans {
         Ok(Self {
             identity: format!("{name}, driver {driver}, cublasLt {version}"),
             timed,
+            epilogues: epilogues()?,
             plans: RwLock::default(),
             imported: Mutex::default(),
             handle: Handle::new()?,
         })
     }
 
+    pub(super) fn epilogues(&self) -> Epilogues {
+        self.epilogues
+    }
+
+    /// Whether there is an algorithm for a product that can be done in another way.
+    pub(super) fn offers(&self, matmul: &Matmul, lane: Lane<'_>) -> Result<bool> {
+        Ok(self.planned(&Problem::new(matmul)?, lane)?.is_some())
+    }
+
     /// Enqueues a product.
     pub(super) fn run(&self, matmul: &Matmul, lane: Lane<'_>) -> Result<()> {
         let problem = Problem::new(matmul)?;
-        let plan = match self.known(&problem) {
-            Some(plan) => plan,
-            None => self.plan(&problem, lane)?,
+        let plan = self.planned(&problem, lane)?.ok_or_else(|| none_for(&problem))?;
+        let (sums, aux) = match matmul.epilogue {
+            Epilogue::None => (None, None),
+            Epilogue::Gelu(pre) | Epilogue::GeluSlope(pre) => (None, Some(pre)),
+            Epilogue::RowSums(sums) => (Some(sums), None),
         };
         let addresses = Addresses {
             a: matmul.b.ptr.0,
             b: matmul.a.ptr.0,
             c: matmul.add.unwrap_or(matmul.out.ptr).0,
             d: matmul.out.ptr.0,
-            bias: matmul.bias.map_or(0, |bias| bias.0),
+            vector: sums.or(matmul.bias).unwrap_or_default().0,
+            aux: aux.unwrap_or_default().0,
         };
         let mut product = plan.product.lock().unwrap_or_else(PoisonError::into_inner);
         self.multiply(&problem, &mut product, &plan.algorithm, addresses, lane)
     }
 
-    fn known(&self, problem: &Problem) -> Option<Arc<Plan>> {
+    fn planned(&self, problem: &Problem, lane: Lane<'_>) -> Result<Planned> {
+        match self.known(problem) {
+            Some(planned) => Ok(planned),
+            None => self.plan(problem, lane),
+        }
+    }
+
+    fn known(&self, problem: &Problem) -> Option<Planned> {
         self.plans.read().unwrap_or_else(PoisonError::into_inner).get(problem).cloned()
     }
 
@@ -122,7 +149,7 @@ impl Plans {
     }
 
     /// Plans a product, unless another thread has just done so.
-    fn plan(&self, problem: &Problem, lane: Lane<'_>) -> Result<Arc<Plan>> {
+    fn plan(&self, problem: &Problem, lane: Lane<'_>) -> Result<Planned> {
         if lane.stream.is_capturing()? {
             let why = format!(
                 "{problem} is new, and its stream is being recorded; call once before capturing"
@@ -130,32 +157,37 @@ impl Plans {
             return Err(Error::Gpu { action: "plan a product", why });
         }
         let imported = self.imported();
-        if let Some(plan) = self.known(problem) {
-            return Ok(plan);
+        if let Some(planned) = self.known(problem) {
+            return Ok(planned);
         }
-        let (product, algorithm) = self.choose(problem, imported.get(problem), lane)?;
-        let plan = Arc::new(Plan { product: Mutex::new(product), algorithm });
+        let chosen = self.choose(problem, imported.get(problem), lane)?;
+        let planned = chosen
+            .map(|(product, algorithm)| Arc::new(Plan { product: Mutex::new(product), algorithm }));
         let mut plans = self.plans.write().unwrap_or_else(PoisonError::into_inner);
-        plans.insert(*problem, Arc::clone(&plan));
-        Ok(plan)
+        plans.insert(*problem, planned.clone());
+        Ok(planned)
     }
 
     fn choose(
         &self,
         problem: &Problem,
-        imported: Option<&Algorithm>,
+        imported: Option<&Option<Algorithm>>,
         lane: Lane<'_>,
-    ) -> Result<(Product, Algorithm)> {
-        // cublasLt wants an address with the bias while planning, and does not use it.
-        let bias = lane.workspace;
-        if let Some(algorithm) = imported {
-            let product = Product::new(problem, algorithm.arithmetic as usize, bias)?;
-            if self.handle.accepts(&product, algorithm) {
-                return Ok((product, *algorithm));
+    ) -> Result<Option<(Product, Algorithm)>> {
+        // While planning cublasLt looks at the alignment of the epilogue's addresses. All that is known of them is 16.
+        let address = lane.workspace + 16;
+        match imported {
+            Some(None) => return Ok(None),
+            Some(Some(algorithm)) => {
+                let product = Product::new(problem, algorithm.arithmetic as usize, address)?;
+                if self.handle.accepts(&product, algorithm) {
+                    return Ok(Some((product, *algorithm)));
+                }
             }
+            None => {}
         }
         for arithmetic in 0..arithmetics(problem.factors()).len() {
-            let mut product = Product::new(problem, arithmetic, bias)?;
+            let mut product = Product::new(problem, arithmetic, address)?;
             let candidates = self.handle.candidates(problem, &product, WORKSPACE_BYTES as u64)?;
             if candidates.is_empty() {
                 continue;
@@ -165,17 +197,17 @@ impl Plans {
             } else {
                 0
             };
-            return Ok((product, candidates[chosen]));
+            return Ok(Some((product, candidates[chosen])));
         }
-        let why = format!("{problem}: cublasLt has no algorithm for it");
-        Err(Error::Gpu { action: "plan a product", why })
+        if problem.extra() == Extra::RowSums { Ok(None) } else { Err(none_for(problem)) }
     }
 
     /// All plans, also those imported and not used yet.
     pub(super) fn export(&self) -> Vec<u8> {
         let mut pinned = self.imported().clone();
         let plans = self.plans.read().unwrap_or_else(PoisonError::into_inner);
-        pinned.extend(plans.iter().map(|(problem, plan)| (*problem, plan.algorithm)));
+        let algorithm = |planned: &Planned| planned.as_ref().map(|plan| plan.algorithm);
+        pinned.extend(plans.iter().map(|(problem, planned)| (*problem, algorithm(planned))));
         export::write(&self.identity, &pinned)
     }
 
@@ -185,5 +217,35 @@ impl Plans {
         let count = pinned.len();
         *self.imported() = pinned;
         Ok(count)
+    }
+}
+
+/// What `PIXMIM_EPILOGUES` asks for.
+fn epilogues() -> Result<Epilogues> {
+    let mut epilogues = Epilogues::default();
+    let Ok(value) = std::env::var("PIXMIM_EPILOGUES") else { return Ok(epilogues) };
+    for name in value.split(',') {
+        match name {
+            "gelu" => epilogues.gelu = true,
+            "bias" => epilogues.bias = true,
+            _ => {
+                let why = format!(
+                    "is `{value}`; `gelu`, `bias` or `gelu,bias` are done by products, unset it for passes of their own"
+                );
+                return Err(Error::invalid("PIXMIM_EPILOGUES", why));
+            }
+        }
+    }
+    Ok(epilogues)
+}
+
+/// No algorithm. GELU is not done in another way: the two forms differ, and a network has one.
+fn none_for(problem: &Problem) -> Error {
+    let why = format!("{problem}: cublasLt has no algorithm for it");
+    match problem.extra() {
+        Extra::Gelu | Extra::GeluSlope => {
+            Error::invalid("PIXMIM_EPILOGUES", format!("asks for `gelu`, and {why}; leave it out"))
+        }
+        _ => Error::Gpu { action: "plan a product", why },
     }
 }

@@ -7,6 +7,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::device::{HostBuffer, HostMemory};
 use crate::{DType, Result};
 
 /// An address in a GPU's memory. Eight bytes in a kernel's parameters; 0 is "none".
@@ -67,8 +68,8 @@ pub(crate) struct Matrix {
     pub(crate) transposed: bool,
 }
 
-/// `out (m, n) = a (m, k) b (k, n) + bias (n) + add (m, n)`, products and sums in f32; real f32, never TF32, when `a` and
-/// `b` are f32. `a` and `b` have one dtype.
+/// `out (m, n) = epilogue(a (m, k) b (k, n) + bias (n) + add (m, n))`, products and sums in f32; real f32, never TF32, when
+/// `a` and `b` are f32. `a` and `b` have one dtype.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Matmul {
     /// Rows of the result.
@@ -89,6 +90,61 @@ pub(crate) struct Matmul {
     pub(crate) bias: Option<DevPtr>,
     /// A matrix laid out as `out`, added; `out` itself to accumulate.
     pub(crate) add: Option<DevPtr>,
+    /// What is done in the same call.
+    pub(crate) epilogue: Epilogue,
+}
+
+/// What saves a pass over the result, or over a factor. GELU is in its tanh form, and computed in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Epilogue {
+    /// Nothing.
+    None,
+    /// GELU of the product and its bias. They are kept here, rounded: a matrix laid out as `out`.
+    Gelu(DevPtr),
+    /// The product times the slope of GELU at this matrix, laid out as `out`.
+    GeluSlope(DevPtr),
+    /// The sum of each row of `a (m, k)` as it is multiplied, in f32: `(m)`. Overwritten.
+    RowSums(DevPtr),
+}
+
+impl Matmul {
+    /// Why no driver takes this epilogue with this product: the limits are those of cublasLt's manual.
+    pub(crate) fn check_epilogue(&self) -> Result<(), String> {
+        let &Self { batch, out, bias, add, epilogue, .. } = self;
+        let (ptr, goes_with) = match epilogue {
+            Epilogue::None => return Ok(()),
+            Epilogue::Gelu(pre) => (pre, bias.is_some() && add.is_none()),
+            Epilogue::GeluSlope(pre) => (pre, bias.is_none() && add.is_none()),
+            Epilogue::RowSums(sums) => (sums, bias.is_none()),
+        };
+        let dtype = match epilogue {
+            Epilogue::RowSums(_) => DType::F32,
+            _ => DType::Bf16,
+        };
+        if !goes_with || batch != 1 || out.dtype != dtype {
+            return Err(format!("{epilogue:?} goes with no such bias, sum, batch or dtype"));
+        }
+        if ptr == DevPtr(0) || !ptr.0.is_multiple_of(16) {
+            return Err("the address of the epilogue's tensor is not a multiple of 16".into());
+        }
+        if dtype == DType::Bf16 && !out.row_stride.is_multiple_of(8) {
+            let width = out.row_stride;
+            return Err(format!(
+                "GELU in a product needs rows of a multiple of 8, not of {width}; leave `gelu` out of PIXMIM_EPILOGUES"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Which epilogues of products take the place of passes of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Epilogues {
+    /// GELU and its slope where tensors are bf16, in the tanh form, which is up to 4.8e-4 off the exact one. In f32 they
+    /// stay exact, and passes.
+    pub gelu: bool,
+    /// The gradients of biases, where there is an algorithm that leaves them beside the gradients of weights.
+    pub bias: bool,
 }
 
 /// Launches, copies and products recorded once, to be run again as they are.
@@ -173,6 +229,21 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// [`Gpu`](crate::Error::Gpu).
     fn upload(&self, dst: DevPtr, src: &[u8]) -> Result<()>;
 
+    /// Zeros in page-locked memory of the host, from which the GPU copies by itself; `None` if there is none to be had, or
+    /// nothing to be gained by it.
+    fn lock_pages(&self, _bytes: usize) -> Option<Box<dyn HostMemory>> {
+        None
+    }
+
+    /// As [`upload`](Self::upload). From memory of [`lock_pages`](Self::lock_pages) without a copy on the host: it is read
+    /// after this returns, and waits when it is written.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu).
+    fn upload_buffer(&self, dst: DevPtr, src: &HostBuffer) -> Result<()> {
+        self.upload(dst, src)
+    }
+
     /// Copies to the host, after all work enqueued so far. Not while capturing.
     ///
     /// # Errors
@@ -197,10 +268,20 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// [`Gpu`](crate::Error::Gpu); on the host executor [`Kernel`](crate::Error::Kernel) for whatever the kernel did wrong.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 
+    /// Which epilogues products should have.
+    fn epilogues(&self) -> Epilogues;
+
+    /// Whether there is an algorithm for a product whose epilogue is [`RowSums`](Epilogue::RowSums). Always the same answer, so
+    /// that recorded work is what was done before.
+    ///
+    /// # Errors
+    /// As [`matmul`](Self::matmul).
+    fn offers(&self, matmul: &Matmul) -> Result<bool>;
+
     /// Enqueues a matrix product.
     ///
     /// # Errors
-    /// [`Gpu`](crate::Error::Gpu).
+    /// [`Gpu`](crate::Error::Gpu); [`Invalid`](crate::Error::Invalid) if the user asked for an epilogue that is not there.
     fn matmul(&self, matmul: &Matmul) -> Result<()>;
 
     /// How products seen so far are computed, for [`load_plans`](Self::load_plans) of a later run; may be empty.

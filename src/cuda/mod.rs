@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-pub(crate) use driver::{Clock, Driver, Graph, HostClock, Launch, Matmul, Matrix};
-pub use driver::{DevPtr, Properties};
+pub(crate) use driver::{Clock, Driver, Epilogue, Graph, HostClock, Launch, Matmul, Matrix};
+pub use driver::{DevPtr, Epilogues, Properties};
 #[cfg(pixmim_simt)]
 pub use simt::SimtOptions;
 #[cfg(feature = "cuda")]

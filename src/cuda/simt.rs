@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::driver::{Clock, DevPtr, Driver, Graph, HostClock, Launch, Matmul, Matrix, Properties};
+use super::driver::{
+    Clock, DevPtr, Driver, Epilogue, Epilogues, Graph, HostClock, Launch, Matmul, Matrix,
+    Properties,
+};
 use crate::cpu::gemm::{Mat, MatMut, matmul};
 use crate::dtype::Element;
 use crate::{DType, Error, Products, Result};
@@ -24,6 +27,8 @@ pub struct SimtOptions {
     pub checks: u32,
     /// Memory that it claims to have free, in bytes.
     pub memory_bytes: u64,
+    /// Epilogues of products; a GPU takes them from `PIXMIM_EPILOGUES`.
+    pub epilogues: Epilogues,
 }
 
 /// `PixmimSimtOptions` of kernels/simt/api.h.
@@ -37,7 +42,8 @@ struct LaunchOptions {
 
 impl Default for SimtOptions {
     fn default() -> Self {
-        Self { seed: 0, threads: 0, checks: 1, memory_bytes: u64::MAX }
+        let epilogues = Epilogues::default();
+        Self { seed: 0, threads: 0, checks: 1, memory_bytes: u64::MAX, epilogues }
     }
 }
 
@@ -78,6 +84,7 @@ mod api {
 pub(super) struct Simt {
     options: LaunchOptions,
     properties: Properties,
+    epilogues: Epilogues,
     /// What is recorded while capturing.
     recording: Mutex<Option<Vec<Command>>>,
 }
@@ -120,9 +127,9 @@ impl Simt {
             memory_bytes: options.memory_bytes,
             executor: true,
         };
-        let SimtOptions { seed, threads, checks, .. } = options;
+        let SimtOptions { seed, threads, checks, epilogues, .. } = options;
         let options = LaunchOptions { seed, threads, checks };
-        Ok(Self { options, properties, recording: Mutex::new(None) })
+        Ok(Self { options, properties, epilogues, recording: Mutex::new(None) })
     }
 
     /// Refuses what a GPU cannot do while its work is recorded.
@@ -232,7 +239,8 @@ fn widened(matrix: &Matrix, index: usize, rows: usize, cols: usize) -> Result<Ve
 }
 
 fn multiply(product: &Matmul) -> Result<()> {
-    let Matmul { m, n, k, batch, a, b, out, bias, add } = *product;
+    let Matmul { m, n, k, batch, a, b, out, bias, add, epilogue } = *product;
+    product.check_epilogue().map_err(|why| Error::Gpu { action: "multiply", why })?;
     let bias =
         bias.map(|ptr| widened(&Matrix { ptr, row_stride: n, batch_stride: 0, ..out }, 0, 1, n));
     let bias = bias.transpose()?;
@@ -243,6 +251,11 @@ fn multiply(product: &Matmul) -> Result<()> {
         let (lhs, rhs) = (Mat::new(&lhs, a_rows, a_cols), Mat::new(&rhs, b_rows, b_cols));
         let lhs = if a.transposed { lhs.t() } else { lhs };
         let rhs = if b.transposed { rhs.t() } else { rhs };
+        if let Epilogue::RowSums(ptr) = epilogue {
+            let ones = vec![1.0; k];
+            let sums = MatMut::new(write::<f32>(ptr, m)?, m, 1);
+            matmul(sums, lhs, Mat::new(&ones, k, 1), false, Products::F32);
+        }
         let mut sums = match add {
             Some(ptr) => widened(&Matrix { ptr, ..out }, index, m, n)?,
             None => vec![0.0; m * n],
@@ -253,16 +266,43 @@ fn multiply(product: &Matmul) -> Result<()> {
                 row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
             }
         }
-        let start = out.ptr.offset(index * out.batch_stride * out.dtype.size_bytes());
-        for (row, sums) in sums.chunks_exact(n).enumerate() {
-            let at = start.offset(row * out.row_stride * out.dtype.size_bytes());
-            match out.dtype {
-                DType::Bf16 => write::<bf16>(at, n)?.convert_from_f32_slice(sums),
-                _ => write::<f32>(at, n)?.copy_from_slice(sums),
+        match epilogue {
+            Epilogue::None | Epilogue::RowSums(_) => {}
+            Epilogue::Gelu(ptr) => {
+                store(&Matrix { ptr, ..out }, index, &sums, n)?;
+                sums.iter_mut().for_each(|x| *x = tanh_gelu(*x)[0]);
             }
+            Epilogue::GeluSlope(ptr) => {
+                let pre = widened(&Matrix { ptr, ..out }, index, m, n)?;
+                sums.iter_mut().zip(pre).for_each(|(x, pre)| *x *= tanh_gelu(pre)[1]);
+            }
+        }
+        store(&out, index, &sums, n)?;
+    }
+    Ok(())
+}
+
+/// Writes matrix `index` of a batch, rounded to its dtype.
+fn store(matrix: &Matrix, index: usize, dense: &[f32], cols: usize) -> Result<()> {
+    let bytes = matrix.dtype.size_bytes();
+    let start = matrix.ptr.offset(index * matrix.batch_stride * bytes);
+    for (row, dense) in dense.chunks_exact(cols).enumerate() {
+        let at = start.offset(row * matrix.row_stride * bytes);
+        match matrix.dtype {
+            DType::Bf16 => write::<bf16>(at, cols)?.convert_from_f32_slice(dense),
+            _ => write::<f32>(at, cols)?.copy_from_slice(dense),
         }
     }
     Ok(())
+}
+
+/// GELU and its slope in the form of cublasLt's manual: `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`.
+fn tanh_gelu(x: f32) -> [f32; 2] {
+    const SCALE: f32 = 0.797_884_6;
+    const CUBE: f32 = 0.044_715;
+    let tanh = (SCALE * (x + CUBE * x * x * x)).tanh();
+    let slope = SCALE * (1.0 + 3.0 * CUBE * x * x) * (1.0 - tanh * tanh);
+    [0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh + x * slope)]
 }
 
 impl Driver for Simt {
@@ -335,6 +375,14 @@ impl Driver for Simt {
         let Launch { kernel, grid, block, shared_bytes, params } = *launch;
         let params = params.to_vec();
         self.enqueue(Command::Launch { kernel, grid, block, shared_bytes, params })
+    }
+
+    fn epilogues(&self) -> Epilogues {
+        self.epilogues
+    }
+
+    fn offers(&self, _matmul: &Matmul) -> Result<bool> {
+        Ok(true)
     }
 
     fn matmul(&self, matmul: &Matmul) -> Result<()> {

@@ -219,7 +219,7 @@ mod cpu {
 
 mod launch {
     use super::{Backward, Dims, Forward};
-    use crate::cuda::{DevPtr, Gpu, Matmul};
+    use crate::cuda::{DevPtr, Epilogue, Gpu, Matmul};
     use crate::ops::linear::launch::{add_column_sums, dense, transposed};
     use crate::ops::{linear, rows};
     use crate::tensor::carve_bytes;
@@ -271,6 +271,7 @@ mod launch {
             out: dense(product.dev_ptr(), dtype, dim),
             bias: None,
             add: None,
+            epilogue: Epilogue::None,
         })?;
         let blocks = rows::blocks(1 + kept);
         let params = PatchEmbedAddBias {
@@ -318,6 +319,7 @@ mod launch {
             out: dense(grad_weight, DType::F32, inputs),
             bias: None,
             add: Some(grad_weight),
+            epilogue: Epilogue::None,
         })?;
         add_column_sums(gpu, args.grad_bias, of_patches, workspace.reborrow())?;
         add_column_sums(gpu, args.grad_cls_token, of_class, workspace)

@@ -58,6 +58,7 @@ mod tests {
             norm_pix: true,
             kept: 2,
             mask_block: 1,
+            resize: None,
             mean: [0.5; 3],
             std: [0.25; 3],
             betas: [0.9, 0.95],

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
 
 use pixmim::data::decode::Options;
-use pixmim::data::loader::{Batch, Loader, LoaderConfig};
+use pixmim::data::loader::{Batch, Loader, LoaderConfig, Resample};
 use pixmim::data::resize::{Rect, resize, short_side};
 use pixmim::data::shard::{Set, Shard, ShardWriter};
 use pixmim::data::source::{BadImage, Source};
@@ -402,6 +402,7 @@ fn batches(source: Source) -> Vec<Batch> {
         prefetch: 3,
         cache_bytes: 0,
         max_bad_share: 0.0,
+        resample: Resample::OnHost,
     };
     let mut loader = Loader::new(Arc::new(source), config, 0).unwrap();
     let never = AtomicBool::new(false);

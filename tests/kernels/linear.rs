@@ -12,6 +12,8 @@ use crate::common::{
     widen, workspace,
 };
 
+mod epilogues;
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum After {
     Nothing,
@@ -191,10 +193,14 @@ impl<T: Stored> Layer<T> {
 
     #[track_caller]
     fn check(&self, after: After) {
+        self.check_on(&gpu(), after);
+    }
+
+    #[track_caller]
+    fn check_on(&self, dev: &Device, after: After) {
         let [_, inputs, outputs] = self.size;
         let through_gelu = after == After::Gelu;
-        let ([out, pre], grads) =
-            (self.forward(&gpu(), after), self.backward(&gpu(), through_gelu));
+        let ([out, pre], grads) = (self.forward(dev, after), self.backward(dev, through_gelu));
         let naive = self.naive(after, through_gelu);
         let exact = self.exact(after, through_gelu);
         let (stored, single) = (unit_roundoff::<T>(), unit_roundoff::<f32>());

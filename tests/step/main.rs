@@ -5,15 +5,16 @@
 #![expect(clippy::unwrap_used, reason = "a call that should succeed and does not is a failed test")]
 #![cfg(pixmim_simt)]
 
-use pixmim::cuda::SimtOptions;
+use pixmim::cuda::{Epilogues, SimtOptions};
 use pixmim::data::Image;
+use pixmim::data::loader::Batch;
 use pixmim::data::resize::{Rect, resize};
 use pixmim::model::MaeConfig;
 use pixmim::ops::input::Geometry;
 use pixmim::ops::resize::Interpolation::Bicubic;
 use pixmim::rng::{Purpose, Stream};
-use pixmim::train::step::{MicroBatch, Outcome, Settings, Trainer};
-use pixmim::{DType, Device, Error, Gpu};
+use pixmim::train::step::{Inputs, MicroBatch, Outcome, Settings, Trainer};
+use pixmim::{DType, Device, Error, Gpu, TensorRef};
 
 /// Small, and unlike in every size: encoder heads of 32, decoder heads of 16.
 const NET: MaeConfig = MaeConfig {
@@ -51,10 +52,15 @@ fn settings() -> Settings {
 }
 
 fn gpu(seed: u32) -> Device {
+    gpu_with(SimtOptions { seed, ..SimtOptions::default() })
+}
+
+/// A real GPU has no such options; its epilogues are those of `PIXMIM_EPILOGUES`.
+fn gpu_with(options: SimtOptions) -> Device {
     let is_real = std::env::var("PIXMIM_TEST_DEVICE").is_ok_and(|name| name == "cuda");
     Device::Cuda(match is_real {
         true => Gpu::nvidia(0).unwrap(),
-        false => Gpu::simt(SimtOptions { seed, ..SimtOptions::default() }).unwrap(),
+        false => Gpu::simt(options).unwrap(),
     })
 }
 
@@ -131,10 +137,11 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 fn follows_the_cpu(dtype: DType, settings: Settings, loss_off: f64, least_cosine: f64) {
-    network_follows_the_cpu(NET, dtype, settings, loss_off, least_cosine);
+    network_follows_the_cpu(gpu(0), NET, dtype, settings, loss_off, least_cosine);
 }
 
 fn network_follows_the_cpu(
+    dev: Device,
     net: MaeConfig,
     dtype: DType,
     settings: Settings,
@@ -142,7 +149,7 @@ fn network_follows_the_cpu(
     least_cosine: f64,
 ) {
     let mut exact = Trainer::new(Device::cpu(), net, DType::F32, settings.clone()).unwrap();
-    let mut tested = Trainer::new(gpu(0), net, dtype, settings).unwrap();
+    let mut tested = Trainer::new(dev, net, dtype, settings).unwrap();
     for number in 0..10 {
         let (want, got) = (step(&mut exact, number), step(&mut tested, number));
         assert!(got.updated);
@@ -184,8 +191,39 @@ fn ten_steps_on_raw_pixels_in_masked_blocks_follow_the_cpu() {
 fn ten_steps_on_patches_of_14_follow_the_cpu() {
     let net = MaeConfig { image_size: 28, patch_size: 14, decoder_depth: 1, ..NET };
     let settings = Settings { kept: 1, radius: Some(5.0), ..settings() };
-    network_follows_the_cpu(net, DType::Bf16, settings.clone(), 5e-3, 0.999);
-    network_follows_the_cpu(net, DType::F32, settings, 1e-4, 0.9999);
+    network_follows_the_cpu(gpu(0), net, DType::Bf16, settings.clone(), 5e-3, 0.999);
+    network_follows_the_cpu(gpu(0), net, DType::F32, settings, 1e-4, 0.9999);
+}
+
+/// GELU's other form is nearer to the exact one than bf16 is.
+#[test]
+fn ten_steps_with_gelu_and_bias_gradients_in_products_follow_the_cpu() {
+    let epilogues = Epilogues { gelu: true, bias: true };
+    let dev = || gpu_with(SimtOptions { epilogues, ..SimtOptions::default() });
+    network_follows_the_cpu(dev(), NET, DType::Bf16, settings(), 5e-3, 0.999);
+    network_follows_the_cpu(dev(), NET, DType::F32, settings(), 1e-4, 0.9999);
+}
+
+#[test]
+fn epilogues_change_the_bits_they_should_and_no_others() {
+    let run = |epilogues| {
+        let dev =
+            Device::Cuda(Gpu::simt(SimtOptions { epilogues, ..SimtOptions::default() }).unwrap());
+        let mut trainer = trainer(dev, DType::Bf16, settings());
+        let outcome = step(&mut trainer, 0);
+        let table = trainer.mae.table();
+        let grad = |i| trainer.device().download::<f32>(trainer.grads.view(i)).unwrap();
+        let grads = table.specs().iter().enumerate().map(|(i, spec)| (spec.name.clone(), grad(i)));
+        (outcome.loss, grads.collect::<Vec<_>>())
+    };
+    let plain = run(Epilogues::default());
+    let bias = run(Epilogues { gelu: false, bias: true });
+    assert_eq!(bias.0, plain.0);
+    for ((name, with), (_, without)) in bias.1.iter().zip(&plain.1) {
+        assert!(name.ends_with("bias") || with == without, "{name}");
+    }
+    assert!(bias.1 != plain.1, "sums in another order are not all the same");
+    assert!(run(Epilogues { gelu: true, bias: false }).0 != plain.0);
 }
 
 #[test]
@@ -209,6 +247,47 @@ fn recorded_work_gives_the_bits_of_work_enqueued_piece_by_piece() {
         (outcomes, state(&trainer))
     };
     assert!(run(true) == run(false));
+}
+
+#[test]
+fn a_micro_batch_gives_the_bits_of_its_pieces_whatever_memory_it_comes_in() {
+    type Accumulate = fn(&mut Trainer, &Images);
+    let whole: Accumulate = |trainer, images| {
+        let Images { bytes: images, geometry, samples } = images;
+        trainer.accumulate(MicroBatch { images, geometry, samples, epoch: 2 }, 2).unwrap();
+    };
+    let buffer: Accumulate = |trainer, images| {
+        let mut batch = Batch { samples: images.samples.clone(), epoch: 2, ..Batch::default() };
+        batch.geometry = bytemuck::cast_slice(&images.geometry).to_vec();
+        batch.images = trainer.device().host_buffer(images.bytes.len());
+        batch.images.copy_from_slice(&images.bytes);
+        trainer.accumulate_batch(&batch, 2).unwrap();
+        batch.images.fill(0);
+    };
+    let pieces: Accumulate = |trainer, images| {
+        let inputs = Inputs {
+            images: TensorRef::new(&images.bytes, &[images.bytes.len()]).unwrap(),
+            geometry: TensorRef::new(&images.geometry, &[MICRO_BATCH, 6]).unwrap(),
+            samples: TensorRef::new(&images.samples, &[MICRO_BATCH]).unwrap(),
+            epoch: TensorRef::new(&[2_i64], &[1]).unwrap(),
+        };
+        trainer.forward_loss(inputs, 2).unwrap();
+        trainer.backward().unwrap();
+    };
+    let run = |accumulate: Accumulate| {
+        let mut trainer = trainer(gpu(0), DType::Bf16, settings());
+        let outcomes: Vec<_> = (0..3)
+            .map(|step| {
+                trainer.clear().unwrap();
+                (0..2).for_each(|micro| accumulate(&mut trainer, &images(3 * (2 * step + micro))));
+                assert!(trainer.backward().is_err(), "every forward pass has had its backward");
+                trainer.update(1e-3).unwrap()
+            })
+            .collect();
+        (outcomes, state(&trainer))
+    };
+    let expected = run(whole);
+    assert!(run(buffer) == expected && run(pieces) == expected);
 }
 
 #[test]

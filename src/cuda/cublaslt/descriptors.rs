@@ -60,8 +60,10 @@ pub(super) struct Addresses {
     pub(super) b: u64,
     pub(super) c: u64,
     pub(super) d: u64,
-    /// 0 without bias.
-    pub(super) bias: u64,
+    /// Of [`Problem::vector`]; 0 without.
+    pub(super) vector: u64,
+    /// Of the matrix beside D; 0 without.
+    pub(super) aux: u64,
 }
 
 /// A status as a result.
@@ -171,8 +173,8 @@ impl Handle {
             && result.workspaceSize as u64 <= algorithm.workspace_bytes
     }
 
-    /// Enqueues `D = op(A) op(B) + beta C + bias`. Sets the address of the bias in `product`, which therefore
-    /// is no one else's for as long.
+    /// Enqueues `D = epilogue(op(A) op(B) + beta C)`. Sets the epilogue's addresses in `product`, which therefore is no one
+    /// else's for as long.
     #[expect(unsafe_code, reason = "calls into cublasLt")]
     pub(super) fn multiply(
         &self,
@@ -182,11 +184,8 @@ impl Handle {
         beta: f32,
         lane: Lane<'_>,
     ) -> Result<()> {
-        use sys::cublasLtMatmulDescAttributes_t as M;
-        let Addresses { a, b, c, d, bias } = addresses;
-        if bias != 0 {
-            product.operation.set(M::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
-        }
+        let Addresses { a, b, c, d, vector, aux } = addresses;
+        product.operation.point(vector, aux)?;
         let alpha = 1.0_f32;
         let algo = sys::cublasLtMatmulAlgo_t { data: algorithm.words };
         let device = |address: u64| ptr::without_provenance::<c_void>(address as usize);
@@ -245,8 +244,9 @@ pub(super) struct Product {
 }
 
 impl Product {
-    /// `arithmetic` is an index into [`arithmetics`]; `bias` an address aligned to 16, if there is to be one.
-    pub(super) fn new(problem: &Problem, arithmetic: usize, bias: u64) -> Result<Self> {
+    /// `arithmetic` is an index into [`arithmetics`]. Of `address` only the alignment counts: algorithms are chosen by that of
+    /// the epilogue's addresses while planning.
+    pub(super) fn new(problem: &Problem, arithmetic: usize, address: u64) -> Result<Self> {
         use sys::cublasLtMatmulDescAttributes_t as M;
         let shape = problem.column_major();
         let operation = Operation::new(arithmetics(problem.factors())[arithmetic])?;
@@ -254,13 +254,19 @@ impl Product {
         let op = |operand: &Operand| i32::from(operand.transposed);
         operation.set(M::CUBLASLT_MATMUL_DESC_TRANSA, &op(&shape.a))?;
         operation.set(M::CUBLASLT_MATMUL_DESC_TRANSB, &op(&shape.b))?;
-        if problem.has_bias() {
-            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
-            operation.set(M::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+        operation.set(M::CUBLASLT_MATMUL_DESC_EPILOGUE, &(problem.epilogue() as u32))?;
+        let [mut vector, mut aux] = [0; 2];
+        if problem.vector().is_some() {
             let dtype = cuda_dtype(problem.result()) as i32;
             operation.set(M::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &dtype)?;
-            operation.set(M::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+            vector = address;
         }
+        if problem.has_aux() {
+            // Its dtype is D's if it is not set, and may be set for FP8 alone.
+            operation.set(M::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &shape.out.leading)?;
+            aux = address;
+        }
+        operation.point(vector, aux)?;
         Ok(Self {
             operation,
             a: Layout::new(&shape.a, shape.batch, problem.factors())?,
@@ -310,6 +316,20 @@ impl Operation {
             sys::cublasLtMatmulDescSetAttribute(self.0, attribute, start, size_of::<T>())
         };
         check("describe a product", status)
+    }
+}
+
+impl Operation {
+    /// Sets the addresses of the epilogue that are not 0.
+    fn point(&self, vector: u64, aux: u64) -> Result<()> {
+        use sys::cublasLtMatmulDescAttributes_t as M;
+        if vector != 0 {
+            self.set(M::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector)?;
+        }
+        if aux != 0 {
+            self.set(M::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux)?;
+        }
+        Ok(())
     }
 }
 

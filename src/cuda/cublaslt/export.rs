@@ -1,17 +1,21 @@
 //! Plans as bytes, so that a resumed run multiplies with the same algorithms and gets the same bits.
 //!
 //! Layout: a magic line; the length of the identity as 4 bytes and the identity (GPU, driver, cublasLt); then for each plan
-//! its [`Problem`] and [`Algorithm`]. Integers are little-endian.
+//! its [`Problem`] and [`Algorithm`], or zeros and an arithmetic of all ones where cublasLt had none. Integers are
+//! little-endian.
 
 use std::collections::BTreeMap;
 
 use super::descriptors::{Algorithm, arithmetics};
-use super::problem::Problem;
+use super::problem::{Extra, Problem};
 
-const MAGIC: &[u8] = b"pixmim matmul plans 1\n";
+const MAGIC: &[u8] = b"pixmim matmul plans 2\n";
 
-/// Plans by what they are for.
-pub(super) type Pinned = BTreeMap<Problem, Algorithm>;
+/// Plans by what they are for. None: cublasLt had no algorithm, and the product was done in another way.
+pub(super) type Pinned = BTreeMap<Problem, Option<Algorithm>>;
+
+/// In place of an arithmetic: there is no algorithm.
+const NO_ALGORITHM: u64 = u64::MAX;
 
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
@@ -28,7 +32,8 @@ pub(super) fn write(identity: &str, plans: &Pinned) -> Vec<u8> {
     bytes.extend((identity.len() as u32).to_le_bytes());
     bytes.extend(identity.as_bytes());
     for (problem, algorithm) in plans {
-        let &Algorithm { words, workspace_bytes, arithmetic } = algorithm;
+        let none = Algorithm { words: [0; 8], workspace_bytes: 0, arithmetic: NO_ALGORITHM };
+        let Algorithm { words, workspace_bytes, arithmetic } = algorithm.unwrap_or(none);
         let entry = Entry { problem: *problem, words, workspace_bytes, arithmetic };
         bytes.extend(bytemuck::bytes_of(&entry));
     }
@@ -52,9 +57,13 @@ pub(super) fn read(bytes: &[u8], identity: &str, workspace_bytes: u64) -> Result
     let read = |bytes: &[u8; size_of::<Entry>()]| {
         let entry: Entry = bytemuck::pod_read_unaligned(bytes);
         let Entry { problem, words, workspace_bytes: needs, arithmetic } = entry;
+        if arithmetic == NO_ALGORITHM {
+            return (problem.extra() == Extra::RowSums).then_some((problem, None));
+        }
         let fits =
             needs <= workspace_bytes && arithmetic < arithmetics(problem.factors()).len() as u64;
-        fits.then_some((problem, Algorithm { words, workspace_bytes: needs, arithmetic }))
+        let algorithm = Algorithm { words, workspace_bytes: needs, arithmetic };
+        fits.then_some((problem, Some(algorithm)))
     };
     entries.iter().map(read).collect::<Option<_>>().ok_or_else(damaged)
 }
@@ -63,7 +72,7 @@ pub(super) fn read(bytes: &[u8], identity: &str, workspace_bytes: u64) -> Result
 mod tests {
     use super::*;
     use crate::DType;
-    use crate::cuda::driver::{DevPtr, Matmul, Matrix};
+    use crate::cuda::driver::{DevPtr, Epilogue, Matmul, Matrix};
 
     const HERE: &str = "NVIDIA H200, driver 13000, cublasLt 130100";
 
@@ -75,7 +84,7 @@ mod tests {
             batch_stride: 0,
             transposed: false,
         };
-        let plan = |m: usize, dtype, arithmetic| {
+        let plan = |m: usize, dtype, epilogue, arithmetic: Option<u64>| {
             let matmul = Matmul {
                 m,
                 n: 5,
@@ -86,14 +95,20 @@ mod tests {
                 out: matrix(DType::F32, 5),
                 bias: None,
                 add: None,
+                epilogue,
             };
             let words = std::array::from_fn(|i| (m * 100 + i) as u64);
-            (
-                Problem::new(&matmul).unwrap(),
-                Algorithm { words, workspace_bytes: m as u64, arithmetic },
-            )
+            let algorithm = |arithmetic| Algorithm { words, workspace_bytes: m as u64, arithmetic };
+            (Problem::new(&matmul).unwrap(), arithmetic.map(algorithm))
         };
-        [plan(7, DType::F32, 1), plan(2, DType::Bf16, 0)].into()
+        let sums = Epilogue::RowSums(DevPtr(256));
+        [
+            plan(7, DType::F32, Epilogue::None, Some(1)),
+            plan(2, DType::Bf16, Epilogue::None, Some(0)),
+            plan(2, DType::Bf16, sums, Some(0)),
+            plan(3, DType::Bf16, sums, None),
+        ]
+        .into()
     }
 
     #[test]
@@ -125,13 +140,16 @@ mod tests {
             assert!(whole || read(&bytes[..cut], HERE, 1 << 20).is_err(), "cut at {cut}");
         }
         let mut other = bytes.clone();
-        other[MAGIC.len() - 2] = b'2';
+        other[MAGIC.len() - 2] = b'1';
         assert!(read(&other, HERE, 1 << 20).unwrap_err().contains("damaged"));
         // Workspace that is not there, and arithmetic that does not exist.
         assert!(read(&bytes, HERE, 6).is_err());
         let mut bytes = bytes;
         let last = bytes.len() - 8;
         bytes[last] = 9;
+        assert!(read(&bytes, HERE, 1 << 20).is_err());
+        // Only sums of rows can be done in another way.
+        bytes[last..].fill(0xFF);
         assert!(read(&bytes, HERE, 1 << 20).is_err());
     }
 }

@@ -1,6 +1,8 @@
 //! A matrix product as cublasLt sees it: column-major, and only what decides which algorithm is best.
 
-use crate::cuda::driver::{DevPtr, Matmul, Matrix};
+use cudarc::cublaslt::sys;
+
+use crate::cuda::driver::{DevPtr, Epilogue, Matmul, Matrix};
 use crate::{DType, Error, Result};
 
 /// Everything about a product but its addresses. The bytes are part of the format of exported plans.
@@ -30,7 +32,9 @@ pub(super) struct Problem {
     add: u8,
     /// Powers of two that divide the addresses of `a`, `b`, `add` and `out`.
     aligned: [u8; 4],
-    zero: [u8; 6],
+    /// An [`Extra`].
+    extra: u8,
+    zero: [u8; 5],
 }
 
 /// What is added to the product.
@@ -42,6 +46,15 @@ pub(super) enum Add {
     InPlace = 1,
     /// Another matrix.
     Other = 2,
+}
+
+/// An [`Epilogue`] without its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extra {
+    Nothing = 0,
+    Gelu = 1,
+    GeluSlope = 2,
+    RowSums = 3,
 }
 
 /// `out (m, n) = op(a) op(b)` for column-major matrices.
@@ -72,7 +85,7 @@ impl Problem {
     /// # Errors
     /// [`Error::Gpu`] for what cublasLt cannot do, or would do wrong.
     pub(super) fn new(matmul: &Matmul) -> Result<Self> {
-        let &Matmul { m, n, k, batch, a, b, out, bias, add } = matmul;
+        let &Matmul { m, n, k, batch, a, b, out, bias, add, epilogue } = matmul;
         let refuse = |why: String| {
             let why = format!("({m}, {k}) by ({k}, {n}), {batch} times: {why}");
             Err(Error::Gpu { action: "multiply", why })
@@ -105,6 +118,15 @@ impl Problem {
         if bias.is_some_and(|bias| !bias.0.is_multiple_of(16)) {
             return refuse("the address of the bias is not a multiple of 16".into());
         }
+        if let Err(why) = matmul.check_epilogue() {
+            return refuse(why);
+        }
+        let extra = match epilogue {
+            Epilogue::None => Extra::Nothing,
+            Epilogue::Gelu(_) => Extra::Gelu,
+            Epilogue::GeluSlope(_) => Extra::GeluSlope,
+            Epilogue::RowSums(_) => Extra::RowSums,
+        };
         let kind = match add {
             None => Add::Nothing,
             Some(add) if add == out.ptr => Add::InPlace,
@@ -136,7 +158,8 @@ impl Problem {
             has_bias: bias.is_some().into(),
             add: kind as u8,
             aligned: [a.ptr, b.ptr, add.unwrap_or(out.ptr), out.ptr].map(alignment),
-            zero: [0; 6],
+            extra: extra as u8,
+            zero: [0; 5],
         })
     }
 
@@ -144,7 +167,8 @@ impl Problem {
     ///
     /// A row-major matrix is, byte for byte, the column-major matrix of its transpose, and `out = a b` is
     /// `outᵀ = bᵀ aᵀ`: so the factors change places, rows become columns, and nothing moves. A bias for each column of
-    /// `out` becomes one for each row, which is the kind cublasLt adds.
+    /// `out` becomes one for each row, which is the kind cublasLt adds; and our `a` is its B, whose sums over `k` are those
+    /// of our rows.
     pub(super) fn column_major(&self) -> ColumnMajor {
         let operand = |rows, cols, [row_stride, batch_stride]: [u64; 2], transposed: u8| {
             // Row-major (rows, cols), or its transpose, as it lies in memory.
@@ -178,6 +202,40 @@ impl Problem {
         self.has_bias != 0
     }
 
+    pub(super) fn extra(&self) -> Extra {
+        match self.extra {
+            0 => Extra::Nothing,
+            1 => Extra::Gelu,
+            2 => Extra::GeluSlope,
+            _ => Extra::RowSums,
+        }
+    }
+
+    /// What cublasLt calls the epilogue.
+    pub(super) fn epilogue(&self) -> sys::cublasLtEpilogue_t {
+        use sys::cublasLtEpilogue_t as E;
+        match self.extra() {
+            Extra::Nothing if self.has_bias() => E::CUBLASLT_EPILOGUE_BIAS,
+            Extra::Nothing => E::CUBLASLT_EPILOGUE_DEFAULT,
+            Extra::Gelu => E::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+            Extra::GeluSlope => E::CUBLASLT_EPILOGUE_DGELU,
+            Extra::RowSums => E::CUBLASLT_EPILOGUE_BGRADB,
+        }
+    }
+
+    /// Whether there is a matrix beside `out`, and laid out as it.
+    pub(super) fn has_aux(&self) -> bool {
+        matches!(self.extra(), Extra::Gelu | Extra::GeluSlope)
+    }
+
+    /// Numbers of the vector that cublasLt calls the bias: one to add, or sums to write. In the result's dtype.
+    pub(super) fn vector(&self) -> Option<usize> {
+        match self.extra() {
+            Extra::RowSums => Some(self.m as usize),
+            _ => self.has_bias().then_some(self.n as usize),
+        }
+    }
+
     pub(super) fn add(&self) -> Add {
         match self.add {
             0 => Add::Nothing,
@@ -198,11 +256,6 @@ impl Problem {
         let columns = (operand.cols - 1) * operand.leading as u64;
         (matrices + columns + operand.rows) as usize * dtype.size_bytes()
     }
-
-    /// Length of the bias, in bytes.
-    pub(super) fn bias_bytes(&self) -> usize {
-        self.n as usize * self.result().size_bytes()
-    }
 }
 
 impl std::fmt::Display for Problem {
@@ -214,7 +267,13 @@ impl std::fmt::Display for Problem {
         write!(f, " of {:?} to {:?}", self.factors(), self.result())?;
         let bias = if self.has_bias() { " with bias" } else { "" };
         let add = if self.add() == Add::Nothing { "" } else { " added to a matrix" };
-        write!(f, "{bias}{add}, {batch} times")
+        let extra = match self.extra() {
+            Extra::Nothing => "",
+            Extra::Gelu => " and GELU",
+            Extra::GeluSlope => " times the slope of GELU",
+            Extra::RowSums => " and the sums of rows",
+        };
+        write!(f, "{bias}{add}{extra}, {batch} times")
     }
 }
 

@@ -29,7 +29,8 @@ struct Scratch {
     b: Memory,
     out: Memory,
     add: Option<Memory>,
-    bias: Option<Memory>,
+    vector: Option<Memory>,
+    aux: Option<Memory>,
 }
 
 impl Scratch {
@@ -44,13 +45,15 @@ impl Scratch {
         let (factors, result) = (problem.factors(), problem.result());
         let out_bytes = problem.bytes(&shape.out, result);
         let add = (problem.add() == Add::Other).then(|| random(out_bytes, result));
-        let bias = problem.has_bias().then(|| random(problem.bias_bytes(), result));
+        let vector = problem.vector().map(|count| random(count * result.size_bytes(), result));
+        let aux = problem.has_aux().then(|| random(out_bytes, result));
         Ok(Self {
             a: random(problem.bytes(&shape.a, factors), factors)?,
             b: random(problem.bytes(&shape.b, factors), factors)?,
             out: random(out_bytes, result)?,
             add: add.transpose()?,
-            bias: bias.transpose()?,
+            vector: vector.transpose()?,
+            aux: aux.transpose()?,
         })
     }
 
@@ -60,7 +63,8 @@ impl Scratch {
             b: self.b.address(),
             c: self.add.as_ref().unwrap_or(&self.out).address(),
             d: self.out.address(),
-            bias: self.bias.as_ref().map_or(0, Memory::address),
+            vector: self.vector.as_ref().map_or(0, Memory::address),
+            aux: self.aux.as_ref().map_or(0, Memory::address),
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The layer on a GPU: products by the driver, GELU and column sums by kernels.
+//! The layer on a GPU: products by the driver; GELU and column sums by kernels, or by epilogues of the products.
 
 use std::mem::offset_of;
 
 use super::{Backward, Dims, Epilogue, Forward, GradInput};
-use crate::cuda::{DevPtr, Gpu, Matmul, Matrix};
+use crate::cuda::{self, DevPtr, Gpu, Matmul, Matrix};
 use crate::ops::gelu;
 use crate::tensor::carve_bytes;
 use crate::{DType, Result, TensorMut, TensorRef};
@@ -17,13 +17,21 @@ pub(in crate::ops) fn transposed(matrix: Matrix) -> Matrix {
     Matrix { transposed: true, ..matrix }
 }
 
+/// Whether GELU is an epilogue of the products around it. Forward and backward agree, and so do all layers of a dtype.
+fn gelu_in_products(gpu: &Gpu, dtype: DType) -> bool {
+    dtype == DType::Bf16 && gpu.driver().epilogues().gelu
+}
+
 pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
     let Dims { rows, inputs, outputs, dtype } = dims;
     let out = args.out.dev_ptr();
-    let (product, add) = match &args.epilogue {
-        Epilogue::None => (out, None),
-        Epilogue::Residual(residual) => (out, Some(residual.dev_ptr())),
-        Epilogue::Gelu(pre) => (pre.dev_ptr(), None),
+    let (product, add, epilogue) = match &args.epilogue {
+        Epilogue::None => (out, None, cuda::Epilogue::None),
+        Epilogue::Residual(residual) => (out, Some(residual.dev_ptr()), cuda::Epilogue::None),
+        Epilogue::Gelu(pre) if gelu_in_products(gpu, dtype) => {
+            (out, None, cuda::Epilogue::Gelu(pre.dev_ptr()))
+        }
+        Epilogue::Gelu(pre) => (pre.dev_ptr(), None, cuda::Epilogue::None),
     };
     gpu.driver().matmul(&Matmul {
         m: rows,
@@ -35,9 +43,10 @@ pub(super) fn forward(gpu: &Gpu, args: Forward<'_>, dims: Dims) -> Result<()> {
         out: dense(product, dtype, outputs),
         bias: Some(args.bias.dev_ptr()),
         add,
+        epilogue,
     })?;
     match &args.epilogue {
-        Epilogue::Gelu(pre) => {
+        Epilogue::Gelu(pre) if epilogue == cuda::Epilogue::None => {
             gelu::launch::forward(gpu, dtype, out, pre.dev_ptr(), rows * outputs)
         }
         _ => Ok(()),
@@ -48,7 +57,7 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
     let Dims { rows, inputs, outputs, dtype } = dims;
     let grad_out = dense(args.grad_out.dev_ptr(), dtype, outputs);
     let grad_weight = args.grad_weight.dev_ptr();
-    gpu.driver().matmul(&Matmul {
+    let product = Matmul {
         m: outputs,
         n: inputs,
         k: rows,
@@ -58,12 +67,28 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
         out: dense(grad_weight, DType::F32, inputs),
         bias: None,
         add: Some(grad_weight),
-    })?;
-    add_column_sums(gpu, args.grad_bias, args.grad_out, args.workspace)?;
+        epilogue: cuda::Epilogue::None,
+    };
+    let mut workspace = args.workspace;
+    let (sums, _) = workspace.reborrow().carve_tensor(DType::F32, outputs);
+    let sums = sums.dev_ptr();
+    let with_sums = Matmul { epilogue: cuda::Epilogue::RowSums(sums), ..product };
+    if gpu.driver().epilogues().bias && gpu.driver().offers(&with_sums)? {
+        gpu.driver().matmul(&with_sums)?;
+        // The epilogue overwrites, a gradient accumulates.
+        add_partials(gpu, [args.grad_bias.dev_ptr(), DevPtr(0)], outputs, sums, 1)?;
+    } else {
+        gpu.driver().matmul(&product)?;
+        add_column_sums(gpu, args.grad_bias, args.grad_out, workspace)?;
+    }
     let (grad, pre) = match &args.grad_inp {
         GradInput::None => return Ok(()),
         GradInput::Plain(grad) => (grad.dev_ptr(), None),
         GradInput::Gelu { grad, pre } => (grad.dev_ptr(), Some(pre.dev_ptr())),
+    };
+    let epilogue = match pre {
+        Some(pre) if gelu_in_products(gpu, dtype) => cuda::Epilogue::GeluSlope(pre),
+        _ => cuda::Epilogue::None,
     };
     gpu.driver().matmul(&Matmul {
         m: rows,
@@ -75,10 +100,13 @@ pub(super) fn backward(gpu: &Gpu, args: Backward<'_>, dims: Dims) -> Result<()> 
         out: dense(grad, dtype, inputs),
         bias: None,
         add: None,
+        epilogue,
     })?;
     match pre {
-        Some(pre) => gelu::launch::backward(gpu, dtype, grad, grad, pre, rows * inputs),
-        None => Ok(()),
+        Some(pre) if epilogue == cuda::Epilogue::None => {
+            gelu::launch::backward(gpu, dtype, grad, grad, pre, rows * inputs)
+        }
+        _ => Ok(()),
     }
 }
 

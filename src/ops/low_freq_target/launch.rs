@@ -4,7 +4,7 @@
 use half::f16;
 
 use super::{Filter, Forward, Tables};
-use crate::cuda::{DevPtr, Gpu, Matmul, Matrix};
+use crate::cuda::{DevPtr, Epilogue, Gpu, Matmul, Matrix};
 use crate::tensor::carve_bytes;
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -301,7 +301,8 @@ fn exactly(gpu: &Gpu, args: Forward<'_>) -> Result<()> {
     let transposed = |matrix| Matrix { transposed: true, ..matrix };
     let back = dense(filter.on_gpu().back.view().dev_ptr(), 2 * n, 0);
     let product = |[m, n, k]: [usize; 3], batch, a, b, out| {
-        let product = Matmul { m, n, k, batch, a, b, out, bias: None, add: None };
+        let epilogue = Epilogue::None;
+        let product = Matmul { m, n, k, batch, a, b, out, bias: None, add: None, epilogue };
         gpu.driver().matmul(&product)
     };
     let blocks = |count: usize| count.div_ceil(THREADS as usize);

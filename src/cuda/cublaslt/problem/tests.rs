@@ -18,6 +18,7 @@ fn two() -> Matmul {
         out: matrix(0x3000, F32, 9, 28, false),
         bias: None,
         add: None,
+        epilogue: Epilogue::None,
     }
 }
 
@@ -37,22 +38,44 @@ fn column_major(
     (c, d): (&[f64], &mut [f64]),
     bias: &[f64],
 ) {
-    let at = |x: &Operand, batch: usize, row: usize, col: usize| {
-        let (row, col) = if x.transposed { (col, row) } else { (row, col) };
-        assert!(row < x.rows as usize && col < x.cols as usize && x.rows as i64 <= x.leading);
-        batch * x.batch_stride as usize + row + col * x.leading as usize
-    };
-    let depth = if shape.a.transposed { shape.a.rows } else { shape.a.cols } as usize;
     for batch in 0..shape.batch as usize {
         for col in 0..shape.out.cols as usize {
             for row in 0..shape.out.rows as usize {
-                let product = |k| a[at(&shape.a, batch, row, k)] * b[at(&shape.b, batch, k, col)];
-                let sum: f64 = (0..depth).map(product).sum();
-                let at = at(&shape.out, batch, row, col);
+                let product =
+                    |k| a[place(&shape.a, batch, row, k)] * b[place(&shape.b, batch, k, col)];
+                let sum: f64 = (0..depth(shape)).map(product).sum();
+                let at = place(&shape.out, batch, row, col);
                 d[at] = sum + beta * c[at] + bias[row];
             }
         }
     }
+}
+
+/// Where an element of a column-major matrix lies, as it is multiplied.
+fn place(x: &Operand, batch: usize, row: usize, col: usize) -> usize {
+    let (row, col) = if x.transposed { (col, row) } else { (row, col) };
+    assert!(row < x.rows as usize && col < x.cols as usize && x.rows as i64 <= x.leading);
+    batch * x.batch_stride as usize + row + col * x.leading as usize
+}
+
+fn depth(shape: &ColumnMajor) -> usize {
+    (if shape.a.transposed { shape.a.rows } else { shape.a.cols }) as usize
+}
+
+/// cublasLt's manual on bias gradients: "of the input matrix A" is as long as D has rows, "of B" as it has columns, and both
+/// are sums over k.
+fn bias_gradient(problem: &Problem, a: &[f64], b: &[f64]) -> Vec<f64> {
+    let shape = problem.column_major();
+    let (count, element): (_, Box<dyn Fn(usize, usize) -> f64>) = match problem.epilogue() {
+        sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BGRADA => {
+            (shape.out.rows, Box::new(|i, k| a[place(&shape.a, 0, i, k)]))
+        }
+        sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BGRADB => {
+            (shape.out.cols, Box::new(|i, k| b[place(&shape.b, 0, k, i)]))
+        }
+        other => panic!("{other:?} has no bias gradient"),
+    };
+    (0..count as usize).map(|i| (0..depth(&shape)).map(|k| element(i, k)).sum()).collect()
 }
 
 /// The contract of [`Matmul`] in code.
@@ -125,7 +148,87 @@ fn scratch_covers_what_a_product_touches() {
     assert_eq!(problem.bytes(&shape.a, F32), (45 + 6 * 6 + 5) * 4);
     assert_eq!(problem.bytes(&shape.b, F32), (30 + 2 * 8 + 7) * 4);
     assert_eq!(problem.bytes(&shape.out, DType::Bf16), (28 + 2 * 9 + 5) * 2);
-    assert_eq!(problem.bias_bytes(), 5 * 4);
+    assert_eq!(problem.vector(), None);
+    let problem = super::Problem::new(&Matmul { bias: Some(DevPtr(0x4000)), ..two() }).unwrap();
+    assert_eq!(problem.vector(), Some(5));
+}
+
+/// (3, 7) by (7, 5) to bf16, as GELU in a product needs it, or to f32, as sums of rows do.
+fn one(out: DType, bias: bool, epilogue: Epilogue) -> Matmul {
+    let Matmul { mut a, mut b, .. } = two();
+    (a.dtype, b.dtype) = (DType::Bf16, DType::Bf16);
+    let out = matrix(0x3000, out, 16, 0, false);
+    Matmul { batch: 1, a, b, out, bias: bias.then_some(DevPtr(0x4000)), epilogue, ..two() }
+}
+
+#[test]
+fn sums_of_rows_are_those_over_k_of_our_left_factor() {
+    let a: Vec<f64> = (0..64).map(|i| f64::from(i * i % 23)).collect();
+    let b: Vec<f64> = (0..64).map(|i| f64::from(i * i % 29) - 100.0).collect();
+    for (a_transposed, b_transposed) in [(false, false), (false, true), (true, false), (true, true)]
+    {
+        let mut matmul = one(F32, false, Epilogue::RowSums(DevPtr(0x6000)));
+        (matmul.a.transposed, matmul.a.row_stride) = (a_transposed, 9);
+        (matmul.b.transposed, matmul.b.row_stride) = (b_transposed, 8);
+        let element = |row: usize, k| a[if a_transposed { k * 9 + row } else { row * 9 + k }];
+        let sums: Vec<f64> = (0..3).map(|row| (0..7).map(|k| element(row, k)).sum()).collect();
+        let problem = problem(&matmul);
+        // Factors change places, as in Plans::run.
+        assert_eq!(bias_gradient(&problem, &b, &a), sums, "{problem}");
+        assert_eq!(problem.vector(), Some(sums.len()));
+    }
+}
+
+#[test]
+fn a_plan_depends_on_the_epilogue_and_not_on_its_address() {
+    let bf16 = DType::Bf16;
+    let at = DevPtr(0x6000);
+    let all = [
+        one(bf16, false, Epilogue::None),
+        one(bf16, true, Epilogue::None),
+        one(bf16, true, Epilogue::Gelu(at)),
+        one(bf16, false, Epilogue::GeluSlope(at)),
+        one(F32, false, Epilogue::None),
+        one(F32, false, Epilogue::RowSums(at)),
+    ]
+    .map(|matmul| problem(&matmul));
+    for (i, problem) in all.iter().enumerate() {
+        assert!(!all[..i].contains(problem), "{problem}");
+    }
+    let codes = all.map(|problem| problem.epilogue() as u32);
+    assert_eq!(codes, [1, 4, 164, 192, 1, 512]);
+    assert_eq!(all.map(|problem| problem.has_aux()), [false, false, true, true, false, false]);
+    assert_eq!(problem(&one(bf16, true, Epilogue::Gelu(DevPtr(0x6010)))), all[2]);
+}
+
+#[test]
+fn epilogues_that_cublaslt_has_not_are_refused() {
+    let (bf16, at) = (DType::Bf16, DevPtr(0x6000));
+    let refused = |matmul: Matmul, why: &str| {
+        let refusal = refusal(&matmul);
+        assert!(refusal.contains(why), "{refusal}");
+    };
+    let gelu = one(bf16, true, Epilogue::Gelu(at));
+    let slope = one(bf16, false, Epilogue::GeluSlope(at));
+    let sums = one(F32, false, Epilogue::RowSums(at));
+    for matmul in [
+        Matmul { bias: None, ..gelu },
+        Matmul { add: Some(DevPtr(0x5000)), ..gelu },
+        Matmul { out: Matrix { dtype: F32, ..gelu.out }, ..gelu },
+        Matmul { bias: Some(DevPtr(0x4000)), ..slope },
+        Matmul { add: Some(slope.out.ptr), ..slope },
+        Matmul { batch: 2, out: Matrix { batch_stride: 90, ..slope.out }, ..slope },
+        Matmul { bias: Some(DevPtr(0x4000)), ..sums },
+        Matmul { out: Matrix { dtype: bf16, ..sums.out }, ..sums },
+    ] {
+        refused(matmul, "goes with no such");
+    }
+    for address in [0, 0x6008] {
+        let epilogue = Epilogue::RowSums(DevPtr(address));
+        refused(Matmul { epilogue, ..sums }, "not a multiple of 16");
+    }
+    let narrow = Matrix { row_stride: 12, ..gelu.out };
+    refused(Matmul { out: narrow, ..gelu }, "not of 12; leave `gelu` out of PIXMIM_EPILOGUES");
 }
 
 #[test]
