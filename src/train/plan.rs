@@ -2,6 +2,7 @@
 
 use super::resample::Resampled;
 use super::step::{Scalars, Settings};
+use crate::data::loader::MOST_SQUARES;
 use crate::model::activations::{self, Batch};
 use crate::model::params::Table;
 use crate::model::{Activations, MaeConfig, Scratch};
@@ -19,7 +20,7 @@ pub(super) struct Plan<'a> {
     pub(super) filter: Option<&'a Filter>,
 }
 
-/// Share of a GPU's free memory that a run leaves: for the batch's copy, planned products and recorded work.
+/// Share of a GPU's free memory that a run leaves: for planned products and recorded work.
 const SPARE_SHARE: u64 = 32;
 /// Up to here sums and products of sizes do not overflow.
 const MOST_BYTES: f64 = (1u64 << 60) as f64;
@@ -101,6 +102,12 @@ impl Plan<'_> {
             + Arena::count(|arena| self.workspace(arena, images))
     }
 
+    /// Bytes of the loader's batches on a GPU: the one in work, and two on their way.
+    fn batch_bytes(&self, images: usize) -> usize {
+        let squares = if self.settings.resize.is_some() { MOST_SQUARES } else { 1 };
+        3 * images * squares * 3 * self.config.image_size.pow(2)
+    }
+
     /// Refuses a micro-batch that does not fit into a GPU's free memory, and names one that does; and on every device one
     /// whose bytes no number of this machine counts.
     pub(super) fn expect_room(&self) -> Result<()> {
@@ -117,7 +124,8 @@ impl Plan<'_> {
         let Device::Cuda(gpu) = self.dev else { return Ok(()) };
         let free = gpu.available_bytes()?;
         let room = free - free / SPARE_SHARE;
-        let fits = |images: usize| self.bytes(images) as u64 <= room;
+        let needs = |images: usize| (self.bytes(images) + self.batch_bytes(images)) as u64;
+        let fits = |images: usize| needs(images) <= room;
         let asked = self.settings.micro_batch;
         if fits(asked) {
             return Ok(());
@@ -132,7 +140,7 @@ impl Plan<'_> {
         };
         let why = format!(
             "is {asked}, which needs {:.2} GiB of the {:.2} GiB that are free on the GPU; {cure}",
-            gib(self.bytes(asked) as u64),
+            gib(needs(asked)),
             gib(free)
         );
         Err(Error::invalid("optim.micro_batch", why))

@@ -196,7 +196,7 @@ fn profile(
 ) -> Result<Option<StepProfile>> {
     let Some(batch) = loader.next(stop)? else { return Ok(None) };
     drop(loader);
-    StepProfile::take(trainer, (&batch).into(), micro_batches, roofs, stop)
+    StepProfile::take(trainer, &batch, micro_batches, roofs, stop)
 }
 
 /// The batches that a config describes.

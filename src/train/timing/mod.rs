@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::files::write_atomic;
-use super::step::{MicroBatch, Trainer};
+use super::step::Trainer;
+use crate::data::loader::Batch;
 use crate::ops::cost::{Cost, Peaks};
 use crate::profile::{self, Profile, Span};
 use crate::{Device, Error, Result, Tensor, TensorList};
@@ -74,7 +75,7 @@ impl StepProfile {
     /// Those of the step; [`Error::OutOfMemory`] for the copy of weights and moments on the host.
     pub fn take(
         trainer: &mut Trainer,
-        batch: MicroBatch<'_>,
+        batch: &Batch,
         micro_batches: usize,
         peaks: Option<Peaks>,
         stop: &AtomicBool,
@@ -176,14 +177,14 @@ struct Measured {
 /// `None` if `stop` turned true.
 fn measure(
     trainer: &mut Trainer,
-    batch: MicroBatch<'_>,
+    batch: &Batch,
     micro_batches: usize,
     stop: &AtomicBool,
 ) -> Result<Option<Measured>> {
     let dev = trainer.device().clone();
     let mut step = || {
         trainer.clear()?;
-        trainer.accumulate(batch, micro_batches)?;
+        trainer.accumulate_batch(batch, micro_batches)?;
         // Small enough that many updates by one micro-batch stay finite.
         trainer.update(1e-6).map(drop)
     };
