@@ -200,8 +200,7 @@ pub struct Entered {
 impl Entered {
     #[inline]
     fn new(begin: impl FnOnce(&mut Collector) -> Option<usize>) -> Self {
-        let begin = || COLLECTOR.with_borrow_mut(|collector| collector.as_mut().and_then(begin));
-        let entry = if is_collecting() { begin() } else { None };
+        let entry = if is_collecting() { with_collector(begin).flatten() } else { None };
         Self { entry, _here: PhantomData }
     }
 }
@@ -209,13 +208,17 @@ impl Entered {
 impl Drop for Entered {
     #[inline]
     fn drop(&mut self) {
-        let Some(entry) = self.entry else { return };
-        COLLECTOR.with_borrow_mut(|collector| {
-            if let Some(collector) = collector {
-                collector.end(entry);
-            }
-        });
+        if let Some(entry) = self.entry {
+            with_collector(|collector| collector.end(entry));
+        }
     }
+}
+
+/// Out of line, so that where nobody collects an op is hardly longer.
+#[cold]
+#[inline(never)]
+fn with_collector<R>(act: impl FnOnce(&mut Collector) -> R) -> Option<R> {
+    COLLECTOR.with_borrow_mut(|collector| collector.as_mut().map(act))
 }
 
 thread_local! {
