@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use criterion::Bencher;
 use pixmim::data::decode::{self, Options};
-use pixmim::data::loader::{Loader, LoaderConfig};
+use pixmim::data::loader::{Loader, LoaderConfig, Resample};
 use pixmim::data::resize::{Rect, resize, short_side};
 use pixmim::data::source::Source;
 use pixmim::data::{Image, augment};
@@ -78,6 +78,7 @@ pub(crate) fn bench(bench: &mut Bench) {
             prefetch: 2,
             cache_bytes: 0,
             max_bad_share: 0.0,
+            resample: Resample::OnHost,
         };
         let (source, mut loader) = (Arc::clone(&source), None);
         time(bench, "loader", shape, count, |b| {

@@ -50,13 +50,7 @@ impl Inputs<'_> {
         let mut tensor = Tensor::new(self.dev, T::DTYPE, shape).unwrap();
         let elems = tensor.view().elems();
         let noise: Vec<T> = self.noise.iter().take(elems).map(|&x| round(x)).collect();
-        let mut rest = tensor.view_mut().reshaped(&[elems]).unwrap();
-        while rest.elems() > 0 {
-            let count = rest.elems().min(noise.len());
-            let (part, others) = rest.split_at(count);
-            self.dev.upload(part, &noise[..count]).unwrap();
-            rest = others;
-        }
+        self.dev.fill(tensor.view_mut(), &noise).unwrap();
         tensor
     }
 }

@@ -29,9 +29,9 @@ use pixmim::{DType, Device, Result};
 use report::{Report, Row};
 use workload::{LSMAE, Precision, SMALL64, TINY, VIT_B, VIT_H, VIT_L, Workload};
 
-/// The networks, with the images of a batch on a GPU and on the CPU.
+/// The networks, with the images of a batch of the ops on a GPU and on the CPU.
 const NETWORKS: [(Workload, usize, usize); 5] =
-    [(SMALL64, 16_384, 64), (VIT_B, 1024, 4), (VIT_L, 512, 4), (VIT_H, 256, 2), (LSMAE, 256, 1)];
+    [(SMALL64, 16_384, 64), (VIT_B, 4096, 4), (VIT_L, 4096, 4), (VIT_H, 1024, 2), (LSMAE, 1024, 1)];
 /// On the CPU, ops that only move numbers take so many times the images, or the caches would hold them.
 const MOVED_ON_CPU: usize = 16;
 

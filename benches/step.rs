@@ -10,6 +10,9 @@ use crate::report::Row;
 use crate::workload::{self, Images, Precision, Workload};
 use crate::{Bench, PRECISIONS, name};
 
+/// Images at a time, if that many fit: more are accumulated.
+const MOST_IMAGES: usize = 1024;
+
 pub(crate) fn bench(bench: &mut Bench) {
     for (place, network) in bench.networks.clone().into_iter().enumerate() {
         // In f32 the smaller two.
@@ -20,6 +23,7 @@ pub(crate) fn bench(bench: &mut Bench) {
 }
 
 fn step(bench: &mut Bench, mut network: Workload, precision: Precision) {
+    network.images = network.images.min(MOST_IMAGES);
     if bench.only_tried {
         (network.config.depth, network.config.decoder_depth) = (1, 1);
     }

@@ -1,10 +1,10 @@
 // resize.cu - rectangles of bytes resampled to S x S crops, to the bit as src/ops/resize/cpu.rs and Pillow have them.
 //
 // A thread block makes a tile of 32 x 32 pixels of a crop, from the rows of the rectangle that the tile's windows reach,
-// 16 at a time. It copies them to shared memory, sums each over the windows of the tile's 32 columns (a warp takes a
+// 32 at a time. It copies them to shared memory, sums each over the windows of the tile's 32 columns (a warp takes a
 // row, a lane a column) and rounds that to bytes; what these bytes add to the tile's 32 rows goes to sums in registers.
-// Of a row it holds at most 128 pixels at a time: sums of whole numbers may be cut anywhere, so that a rectangle of any
-// size fits.
+// It holds at most 128 pixels of a row at a time, and 32 of a window: sums of whole numbers may be cut anywhere, so that
+// a rectangle of any size fits.
 //
 // Each block computes the weights it needs, in f64. To give the bits of the CPU they take + - * / alone, in the CPU's
 // order, each rounded by itself: a fused multiply-add would move some fixed-point weight by one, and some byte with it.
@@ -27,9 +27,11 @@ namespace resize {
 
 constexpr int32_t WARPS = 8, THREADS = 32 * WARPS;
 constexpr int32_t TILE = 32;                     // pixels of a side; as in src/ops/resize.rs
-constexpr int32_t ROWS = 16, COLUMNS = 128;      // of a rectangle, in shared memory at a time
+constexpr int32_t ROWS = 32, COLUMNS = 128;      // of a rectangle, in shared memory at a time
+constexpr int32_t TAPS = 32;                     // of a window, likewise; at least ROWS
 constexpr int32_t PITCH = 3 * COLUMNS + 16;      // bytes of a row there: it starts anywhere in 16
 constexpr int32_t WORDS = 3 * TILE / 4;          // of a row of the tile
+constexpr int32_t OWN_ROWS = ROWS / WARPS, OWN_WORDS = TILE * WORDS / THREADS;  // of a warp; of a thread
 constexpr int32_t FRACTION_BITS = 22;
 constexpr int32_t HALF = 1 << (FRACTION_BITS - 1);
 
@@ -44,6 +46,7 @@ struct Axis {
   double shrink;   // outputs to an input, at most 1
   double support;  // half a window, in inputs
   int32_t inputs;
+  int32_t taps;    // no window has more inputs
   bool bicubic;
 
   DEV Axis(int32_t inputs, uint32_t outputs, bool bicubic) : inputs(inputs), bicubic(bicubic) {
@@ -51,6 +54,7 @@ struct Axis {
     const double stretch = scale > 1. ? scale : 1.;
     shrink = div_rn(1., stretch);
     support = mul_rn(bicubic ? 2. : 1., stretch);
+    taps = 2 * (int32_t)support + 3;
   }
 
   // Of output `i`, in inputs.
@@ -60,8 +64,6 @@ struct Axis {
     return from > 0. ? (int32_t)from : 0;
   }
   DEV int32_t end(double centre) const { return smaller((int32_t)add_rn(add_rn(centre, support), 0.5), inputs); }
-  // Most inputs of a window.
-  DEV int32_t taps() const { return 2 * (int32_t)support + 3; }
 
   // Of input `i`, before weights are made to add up to 1.
   DEV double weight(int32_t i, double centre) const {
@@ -92,6 +94,7 @@ struct Windows {
     const double at_centre = axis.centre(output);
     const int32_t from = axis.first(at_centre), to = axis.end(at_centre);
     double total = 0.;
+#pragma unroll 1
     for (int32_t k = from; k < to; k++) total = add_rn(total, axis.weight(k, at_centre));
     sts(centre(i), at_centre);
     sts(sum(i), total);
@@ -99,9 +102,11 @@ struct Windows {
     sts(end(i), to);
   }
 
-  // Writes weights for the inputs `from .. to`: 32 neighbours are those that the windows have for their k-th such input.
+  // Writes weights for the inputs `from .. to`, of which no window has more than TAPS: 32 neighbours are those that the
+  // windows have for their k-th such input.
   DEV void weigh(uint32_t weights, int32_t from, int32_t to) const {
-    const int32_t count = TILE * smaller(axis.taps(), to - from);
+    const int32_t count = TILE * smaller(axis.taps, to - from);
+#pragma unroll 1
     for (int32_t slot = threadIdx.x; slot < count; slot += THREADS) {
       const int32_t i = slot % TILE, k = larger(first(i), from) + slot / TILE;
       if (k >= smaller(last(i), to)) continue;
@@ -115,8 +120,8 @@ struct Windows {
 DEV void forward(const ResizeForward& p) {
   STATIC_SHARED(source, ROWS * PITCH);               // rows of the rectangle
   STATIC_SHARED(squeezed, ROWS * 4 * WORDS);         // the same after the horizontal pass
-  STATIC_SHARED(across_weights, 4 * TILE * COLUMNS);
-  STATIC_SHARED(down_weights, 4 * TILE * ROWS);
+  STATIC_SHARED(across_weights, 4 * TILE * TAPS);
+  STATIC_SHARED(down_weights, 4 * TILE * TAPS);
   STATIC_SHARED(windows, 2 * Windows::BYTES);
 
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -137,19 +142,20 @@ DEV void forward(const ResizeForward& p) {
   const int32_t leftmost = rectangle.flip ? width - 1 : 0;
   const int32_t first_column = across.first(leftmost), end_column = across.last(width - 1 - leftmost);
   const int32_t first_row = down.first(0), end_row = down.last(height - 1);
-  const bool in_one = end_column - first_column <= COLUMNS;
+  const int32_t step = axes[0].taps <= TAPS ? COLUMNS : TAPS;
+  const bool in_one = end_column - first_column <= step;
 
-  int32_t sums[TILE * WORDS / THREADS][4];
+  int32_t sums[OWN_WORDS][4];
 #pragma unroll
   for (auto& word : sums) word[0] = word[1] = word[2] = word[3] = HALF;
 
   for (int32_t row = first_row; row < end_row; row += ROWS) {
     const int32_t rows = smaller(ROWS, end_row - row);
-    int32_t pixels[ROWS / WARPS][3];
+    int32_t pixels[OWN_ROWS][3];
 #pragma unroll
     for (auto& pixel : pixels) pixel[0] = pixel[1] = pixel[2] = HALF;
-    for (int32_t column = first_column; column < end_column; column += COLUMNS) {
-      const int32_t columns = smaller(COLUMNS, end_column - column);
+    for (int32_t column = first_column; column < end_column; column += step) {
+      const int32_t columns = smaller(step, end_column - column);
       // Byte of `images` at which a row's columns start.
       const auto start = [&](int32_t y) {
         return rectangle.offset + 3 * ((int64_t)(row + y) * rectangle.width + column);
@@ -165,23 +171,23 @@ DEV void forward(const ResizeForward& p) {
       __syncthreads();
       const int32_t from = larger(across.first(lane), column);
       const int32_t taps = smaller(across.last(lane), column + columns) - from;
-      uint32_t at[ROWS / WARPS];
+      uint32_t at[OWN_ROWS];
 #pragma unroll
-      for (int32_t i = 0; i < ROWS / WARPS; i++) {
+      for (int32_t i = 0; i < OWN_ROWS; i++) {
         const int32_t y = smaller(warp + i * WARPS, rows - 1);
         at[i] = source + y * PITCH + (uint32_t)(start(y) & 15) + 3 * (from - column);
       }
       for (int32_t k = 0; k < taps; k++) {
         const int32_t weight = lds<int32_t>(across_weights + 4 * (TILE * k + lane));
 #pragma unroll
-        for (int32_t i = 0; i < ROWS / WARPS; i++) {
+        for (int32_t i = 0; i < OWN_ROWS; i++) {
 #pragma unroll
           for (int32_t c = 0; c < 3; c++) pixels[i][c] += weight * lds<uint8_t>(at[i] + 3 * k + c);
         }
       }
     }
 #pragma unroll
-    for (int32_t i = 0; i < ROWS / WARPS; i++) {
+    for (int32_t i = 0; i < OWN_ROWS; i++) {
       const int32_t y = warp + i * WARPS;
       if (y >= rows) continue;
 #pragma unroll
@@ -189,7 +195,7 @@ DEV void forward(const ResizeForward& p) {
     }
     __syncthreads();
 #pragma unroll
-    for (int32_t j = 0; j < TILE * WORDS / THREADS; j++) {
+    for (int32_t j = 0; j < OWN_WORDS; j++) {
       const int32_t item = threadIdx.x + j * THREADS, y = item / WORDS;
       const int32_t from = larger(down.first(y), row), taps = smaller(down.last(y), row + rows) - from;
       const uint32_t at = squeezed + 4 * (WORDS * (from - row) + item % WORDS);
@@ -205,7 +211,7 @@ DEV void forward(const ResizeForward& p) {
   const auto tile = p.crops + 3 * (image * side * side + (int64_t)top * side + left);
   const bool whole = side % 4 == 0;  // then every row of the tile starts at a word, and ends at one
 #pragma unroll
-  for (int32_t j = 0; j < TILE * WORDS / THREADS; j++) {
+  for (int32_t j = 0; j < OWN_WORDS; j++) {
     const int32_t item = threadIdx.x + j * THREADS, y = item / WORDS, byte = 4 * (item % WORDS);
     if (y >= height || byte >= 3 * width) continue;
     Vec<uint8_t, 4> bytes;
@@ -225,4 +231,4 @@ DEV void forward(const ResizeForward& p) {
 
 }  // namespace resize
 
-HOT_KERNEL(resize_forward, ResizeForward, 256, 4) { resize::forward(p); }
+HOT_KERNEL(resize_forward, ResizeForward, 256, 3) { resize::forward(p); }

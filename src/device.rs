@@ -1,11 +1,15 @@
 //! Where an op runs, and where its tensors are.
 
+mod buffer;
+
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
+pub use self::buffer::HostBuffer;
+pub(crate) use self::buffer::HostMemory;
 use crate::cuda::Gpu;
 use crate::dtype::Element;
 use crate::{DType, Error, Result, TensorMut, TensorRef};
@@ -117,6 +121,52 @@ impl Device {
         match self {
             Self::Cpu(_) => dst.into_slice::<T>().copy_from_slice(src),
             Self::Cuda(gpu) => gpu.driver().upload(dst.dev_ptr(), bytemuck::cast_slice(src))?,
+        }
+        Ok(())
+    }
+
+    /// As many zeros in the host's memory, for [`upload_buffer`](Self::upload_buffer): of a GPU page-locked, as far as that
+    /// can be had. To lock pages takes time; keep the buffer.
+    #[must_use]
+    pub fn host_buffer(&self, bytes: usize) -> HostBuffer {
+        let locked = match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(gpu) => gpu.driver().lock_pages(bytes),
+        };
+        locked.map_or_else(|| HostBuffer::new(bytes), HostBuffer::of)
+    }
+
+    /// As [`upload`](Self::upload), of the bytes of a buffer. Those of this device's [`host_buffer`](Self::host_buffer) are
+    /// not copied on the host: a GPU reads them by itself, beside earlier work, and whoever writes them waits for that.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn upload_buffer(&self, dst: TensorMut<'_>, src: &HostBuffer) -> Result<()> {
+        let Self::Cuda(gpu) = self else { return self.upload::<u8>(dst, src) };
+        let call = Call { op: "upload", dev: self };
+        expect_elems(call, "dst", dst.elems(), src.len())?;
+        dst.expect(call, "dst", DType::U8, dst.shape())?;
+        let _span = self.span_of_bytes("upload", src.len());
+        gpu.driver().upload_buffer(dst.dev_ptr(), src)
+    }
+
+    /// Copies numbers into a tensor of this device, over and over until it is full. They cross to a GPU once.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload); [`Error::Shape`] for no numbers.
+    pub fn fill<T: Element>(&self, dst: TensorMut<'_>, src: &[T]) -> Result<()> {
+        let (elems, count) = (dst.elems(), dst.elems().min(src.len()));
+        if count == 0 && elems > 0 {
+            let expected = "at least one element".into();
+            return Err(Error::Shape { op: "fill", arg: "src", expected, found: vec![0] });
+        }
+        let (mut first, mut rest) = dst.reshaped(&[elems])?.split_at(count);
+        self.upload(first.reborrow(), &src[..count])?;
+        while rest.elems() > 0 {
+            let count = count.min(rest.elems());
+            let (part, others) = rest.split_at(count);
+            self.copy(part, first.as_ref().split_at(count).0)?;
+            rest = others;
         }
         Ok(())
     }
@@ -240,4 +290,23 @@ fn expect_elems(call: Call<'_>, arg: &'static str, found: usize, expected: usize
     }
     let expected = format!("{expected} elements in all");
     Err(Error::Shape { op: call.op, arg, expected, found: vec![found] })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tensor;
+
+    #[test]
+    fn numbers_are_repeated_until_the_tensor_is_full() {
+        let dev = Device::cpu();
+        let mut tensor = Tensor::new(&dev, DType::I32, &[2, 4]).unwrap();
+        dev.fill(tensor.view_mut(), &[1i32, 2, 3]).unwrap();
+        assert_eq!(tensor.slice::<i32>(0..8), [1, 2, 3, 1, 2, 3, 1, 2]);
+        dev.fill(tensor.view_mut(), &[9i32; 20]).unwrap();
+        assert_eq!(tensor.slice::<i32>(0..8), [9; 8], "more numbers than there is room for");
+        let refused = dev.fill(tensor.view_mut(), &[0i32; 0]).unwrap_err();
+        assert!(refused.to_string().contains("at least one element"), "{refused}");
+        dev.fill(Tensor::new(&dev, DType::I32, &[0]).unwrap().view_mut(), &[0i32; 0]).unwrap();
+    }
 }

@@ -29,7 +29,7 @@ pub use cuda::Gpu;
 /// [`cuda::probe::probe`] first. Slices of `bf16` need their feature `f16`.
 #[cfg(feature = "cuda")]
 pub use cudarc;
-pub use device::{Cpu, Device, Place, Products};
+pub use device::{Cpu, Device, HostBuffer, Place, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use pixmim_scalar::{self as scalar, rng};

@@ -147,10 +147,15 @@ pub fn collect<R>(dev: &Device, work: impl FnOnce() -> Result<R>) -> Result<(R, 
     let session = Session;
     COLLECTING.set(true);
     let done = work();
-    let collector = COLLECTOR.take();
+    let collector = end_collecting();
     drop(session);
     let done = done?;
-    Ok((done, collector.expect("set above, and taken here only").finish()?))
+    Ok((done, collector.finish()?))
+}
+
+/// The thread's collector, whose work is over.
+fn end_collecting() -> Collector {
+    COLLECTOR.take().expect("set where the work begins, and taken where it ends")
 }
 
 /// Whether this thread's spans are being collected.
@@ -287,5 +292,152 @@ impl Collector {
             Some(error) => Err(error),
             None => Ok(Profile { marks: self.clock.read()?, entries: self.entries }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tensor;
+
+    /// A profile of spans that end at these milliseconds, each of a `clear` that begins where the one before ended, and of
+    /// a whole that ends with the last.
+    fn profile(ends: &[u64]) -> Profile {
+        let marks: Vec<_> = [0].iter().chain(ends).map(|&end| Duration::from_millis(end)).collect();
+        let entry = |begin| Entry {
+            name: "clear",
+            index: None,
+            depth: 0,
+            cost: Some(Cost::default()),
+            begin,
+            end: begin + 1,
+        };
+        Profile { marks, entries: (0..ends.len()).map(entry).collect() }
+    }
+
+    /// Names with their numbers and depths.
+    fn outline(profile: &Profile) -> Vec<(&str, Option<usize>, usize)> {
+        profile.spans().map(|span| (span.name, span.index, span.depth)).collect()
+    }
+
+    fn tensor(elems: usize) -> Tensor {
+        Tensor::new(&Device::cpu(), crate::DType::F32, &[elems]).unwrap()
+    }
+
+    #[test]
+    fn spans_lie_within_others_and_tell_their_work() {
+        let (dev, mut tensor) = (Device::cpu(), tensor(7));
+        let (word, profile) = collect(&dev, || {
+            let outer = stage("outer", None);
+            dev.clear(tensor.view_mut())?;
+            for l in 0..2 {
+                let _block = stage("block", l);
+                dev.upload(tensor.view_mut(), &[1f32; 7])?;
+            }
+            drop(outer);
+            dev.clear(tensor.view_mut())?;
+            Ok("done")
+        })
+        .unwrap();
+        assert_eq!(word, "done");
+        let expected = [
+            ("outer", None, 0),
+            ("clear", None, 1),
+            ("block", Some(0), 1),
+            ("upload", None, 2),
+            ("block", Some(1), 1),
+            ("upload", None, 2),
+            ("clear", None, 0),
+        ];
+        assert_eq!(outline(&profile), expected);
+        for span in profile.spans() {
+            let is_op = !["outer", "block"].contains(&span.name);
+            assert_eq!(span.cost, is_op.then_some(Cost { bytes: 28, flops: 0 }), "{span:?}");
+            assert!(span.begin <= span.end && span.end <= profile.took(), "{span:?}");
+        }
+        let spans: Vec<_> = profile.spans().collect();
+        assert!(spans[0].begin <= spans[1].begin && spans[5].end <= spans[0].end);
+        assert!(spans[1].end <= spans[2].begin && spans[0].end <= spans[6].begin);
+    }
+
+    #[test]
+    fn an_op_within_an_op_is_a_part_of_it_and_what_is_left_open_ends_with_the_whole() {
+        let (dev, mut tensor) = (Device::cpu(), tensor(3));
+        let ((), profile) = collect(&dev, || {
+            let op = dev.span("op", Cost::default);
+            dev.clear(tensor.view_mut())?;
+            drop(op);
+            let outer = stage("outer", None);
+            std::mem::forget(stage("forgotten", None));
+            drop(outer);
+            std::mem::forget(stage("open", None));
+            Ok(())
+        })
+        .unwrap();
+        let expected =
+            [("op", None, 0), ("outer", None, 0), ("forgotten", None, 1), ("open", None, 0)];
+        assert_eq!(outline(&profile), expected);
+        assert!(profile.spans().all(|span| span.end <= profile.took()));
+    }
+
+    #[test]
+    fn nothing_is_collected_after_an_error_or_a_panic_or_within_another() {
+        let dev = Device::cpu();
+        let refused = collect(&dev, || Err::<(), _>(Error::invalid("work", "is none")));
+        assert_eq!(refused.unwrap_err().to_string(), "`work` is none");
+        let panicked =
+            std::panic::catch_unwind(|| collect(&Device::cpu(), || -> Result<()> { panic!() }));
+        assert!(panicked.is_err() && !is_collecting());
+        let (inner, profile) = collect(&dev, || Ok(collect(&dev, || Ok(())))).unwrap();
+        assert!(inner.unwrap_err().to_string().contains("already"));
+        // The inner one has not ended the outer one.
+        assert_eq!(profile.spans().count(), 0);
+        drop(stage("nobody looks", None));
+        let ((), profile) = collect(&dev, || {
+            drop(stage("stage", 3));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(outline(&profile), [("stage", Some(3), 0)]);
+    }
+
+    #[test]
+    fn a_thread_collects_its_own_spans() {
+        let ((), profile) = collect(&Device::cpu(), || {
+            let elsewhere = std::thread::spawn(|| drop(stage("elsewhere", None)));
+            elsewhere.join().unwrap();
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(profile.spans().count(), 0);
+    }
+
+    #[cfg(pixmim_simt)]
+    #[test]
+    fn of_a_gpu_its_own_ops_count_and_not_those_of_the_host() {
+        let gpu = crate::Gpu::simt(crate::cuda::SimtOptions::default()).unwrap();
+        let (host, dev) = (Device::cpu(), Device::Cuda(gpu.clone()));
+        let mut here = tensor(5);
+        let mut there = Tensor::new(&dev, crate::DType::F32, &[5]).unwrap();
+        let ((), profile) = collect(&dev, || {
+            host.clear(here.view_mut())?;
+            dev.clear(there.view_mut())?;
+            dev.copy(there.view_mut(), here.view())?;
+            dev.read::<f32>(there.view()).map(drop)
+        })
+        .unwrap();
+        assert_eq!(outline(&profile), ["clear", "upload", "read"].map(|op| (op, None, 0)));
+        let recorded = gpu.record(|| collect(&dev, || Ok(())).map(drop));
+        assert!(recorded.unwrap_err().to_string().contains("being recorded"));
+    }
+
+    #[test]
+    fn the_median_takes_each_time_between_marks_by_itself() {
+        // Each profile is disturbed at another place; together none is.
+        let profiles = [profile(&[9, 11, 14]), profile(&[1, 9, 12]), profile(&[1, 3, 50])];
+        assert_eq!(Profile::median(&profiles).unwrap(), profile(&[1, 3, 6]));
+        assert_eq!(Profile::median(&profiles[..2]).unwrap(), profile(&[5, 10, 13]));
+        assert!(Profile::median(&[]).is_err());
+        assert!(Profile::median(&[profile(&[1]), profile(&[1, 2])]).is_err());
     }
 }

@@ -231,9 +231,9 @@ fn bench_data_times_each_stage_and_leaves_nothing() {
             let line = line.unwrap_or_else(|| panic!("{name} is not in {said}"));
             line.split_whitespace().next_back().unwrap().parse::<f64>().unwrap()
         };
-        // Each stage is a part of all of them.
-        let (read, crop, all) = (rate("read and decode  "), rate(stage), rate("all of them"));
-        assert!(0.0 < all && all < read.min(crop), "{said}");
+        for name in ["read and decode, first time", "read and decode  ", stage, "loader  "] {
+            assert!(rate(name) > 0.0, "{said}");
+        }
         assert!(said.contains(" images/s with data.threads=2\n"), "{said}");
     }
     std::fs::create_dir(folder.path().join("broken")).unwrap();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The files that may hold unsafe code, beside the C ABI, which is made of pointers. A new name needs a reason in its
 /// commit.
-const UNSAFE: [&str; 18] = [
+const UNSAFE: [&str; 21] = [
     "src/arena.rs",
     "src/cpu/gemm.rs",
     "src/cpu/gemm/bf16/avx512.rs",
@@ -20,11 +20,14 @@ const UNSAFE: [&str; 18] = [
     "src/cuda/nvidia/graph.rs",
     "src/cuda/nvidia/handles.rs",
     "src/cuda/nvidia/kernels.rs",
+    "src/cuda/nvidia/outbox.rs",
+    "src/cuda/nvidia/tests/buffers.rs",
     "src/cuda/probe.rs",
     "src/cuda/probe/cublaslt.rs",
     "src/cuda/simt.rs",
     "src/cuda/slices.rs",
     "src/data/shard/read.rs",
+    "src/device/buffer.rs",
     "src/tensor.rs",
     "examples/03_borrow_a_stream.rs",
 ];
@@ -207,6 +210,28 @@ fn ops_do_not_print_or_read_files_or_the_clock() {
             {
                 assert!(!line.contains(word), "{path}:{number} uses {word}: {line}");
             }
+        }
+    }
+}
+
+#[test]
+fn every_op_opens_its_span() {
+    // So that no profile leaves out its time.
+    let drawing = read("src/train/timing/drawing.rs");
+    for op in ops() {
+        assert!(drawing.contains(&format!("(\"{op}\", \"#")), "{op} has no colour in a timeline");
+        let source = read(format!("src/ops/{op}.rs"));
+        for body in source.split("\npub fn ").skip(1) {
+            let body = body.split("\n}").next().unwrap();
+            let Some((name, body)) = body.split_once("(dev: &Device, args:") else { continue };
+            // However the formatter has broken its lines.
+            let body = body.split_whitespace().collect::<Vec<_>>().join(" ");
+            let body = body.replace("dev .span", "dev.span").replace("span( ", "span(");
+            let span = format!("let _span = dev.span(\"{op}::{name}\", ");
+            let check = body.find("check(dev)?").or_else(|| body.find(".expect(")).unwrap();
+            let at = body.find(&span).unwrap_or_else(|| panic!("{op}::{name} opens no span"));
+            let work = body.find("match dev {").unwrap();
+            assert!(check < at && at < work, "{op}::{name}: the span is of what follows the check");
         }
     }
 }

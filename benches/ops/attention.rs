@@ -11,10 +11,12 @@ pub(crate) fn bench(bench: &mut Bench) {
     let dtype = bench.dtype(bench.precision);
     for w in bench.networks.clone() {
         let (tokens, dim, heads) = (1 + w.config.patches(), w.config.dim, w.config.heads);
-        let mut stacks = stacks(&w);
-        stacks.push(Stack { name: "encoder unmasked", tokens, dim, heads });
-        for Stack { name, tokens, dim, heads } in stacks {
-            let (shape, batch) = (&format!("{} {name}", w.name), w.images);
+        let mut stacks: Vec<_> = stacks(&w).into_iter().map(|stack| (stack, w.images)).collect();
+        // Four times the tokens, a quarter of the images.
+        let unmasked = Stack { name: "encoder unmasked", tokens, dim, heads };
+        stacks.push((unmasked, w.images.div_ceil(4)));
+        for (Stack { name, tokens, dim, heads }, batch) in stacks {
+            let shape = &format!("{} {name}", w.name);
             let (mixed, packed) = ([batch, tokens, dim], [batch, tokens, 3 * dim]);
             let rows = [batch, heads, tokens];
             let case = Case {

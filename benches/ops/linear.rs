@@ -1,4 +1,5 @@
-//! The widest layers of a block: the first of the MLP with its GELU, the second with its residual.
+//! The layers of a block: the two of the MLP, with GELU and with a residual; of the smaller networks also queries, keys and
+//! values, and their projection with its residual.
 
 use pixmim::ops::cost;
 use pixmim::ops::linear::{self, Backward, Epilogue, Forward, GradInput, workspace_bytes};
@@ -8,11 +9,18 @@ use crate::workload::Workload;
 use crate::{Bench, Case, PRECISIONS};
 
 pub(crate) fn bench(bench: &mut Bench) {
-    for w in bench.networks.clone() {
+    for (place, w) in bench.networks.clone().into_iter().enumerate() {
         for stack in stacks(&w) {
-            let hidden = w.config.mlp_ratio * stack.dim;
-            for (layer, inputs, outputs) in [("fc1", stack.dim, hidden), ("fc2", hidden, stack.dim)]
-            {
+            let (dim, hidden) = (stack.dim, w.config.mlp_ratio * stack.dim);
+            let layers = [
+                ("qkv", dim, 3 * dim),
+                ("proj", dim, dim),
+                ("fc1", dim, hidden),
+                ("fc2", hidden, dim),
+            ];
+            // Of larger ones the first two tell nothing new.
+            let skipped = if place > 1 { 2 } else { 0 };
+            for (layer, inputs, outputs) in layers.into_iter().skip(skipped) {
                 bench_layer(bench, &w, &stack, layer, [inputs, outputs]);
             }
         }
@@ -27,9 +35,12 @@ fn bench_layer(
     [inputs, outputs]: [usize; 2],
 ) {
     let (shape, batch) = (&format!("{} {} {layer}", w.name, stack.name), w.images);
-    let (rows, is_first) = (batch * stack.tokens, layer == "fc1");
+    let rows = batch * stack.tokens;
+    let (has_epilogue, has_gelu, after_gelu) = (layer != "qkv", layer == "fc1", layer == "fc2");
     let size = [rows, inputs, outputs];
-    for precision in PRECISIONS {
+    // In f32 the MLP alone.
+    let skipped = usize::from(!has_gelu && !after_gelu);
+    for precision in PRECISIONS.into_iter().skip(skipped) {
         let dtype = bench.dtype(precision);
         let case = Case {
             op: "linear",
@@ -37,7 +48,7 @@ fn bench_layer(
             shape,
             batch,
             precision: Some(precision),
-            cost: cost::linear_forward(dtype, size, true),
+            cost: cost::linear_forward(dtype, size, has_epilogue),
         };
         bench.time(case, |on| {
             let inp = on.random(dtype, &[rows, inputs]);
@@ -47,10 +58,10 @@ fn bench_layer(
             let mut other = on.random(dtype, &[rows, outputs]);
             let mut out = on.zeros(dtype, &[rows, outputs]);
             move |dev| {
-                let epilogue = if is_first {
-                    Epilogue::Gelu(other.view_mut())
-                } else {
-                    Epilogue::Residual(other.view())
+                let epilogue = match (has_epilogue, has_gelu) {
+                    (false, _) => Epilogue::None,
+                    (_, true) => Epilogue::Gelu(other.view_mut()),
+                    (_, false) => Epilogue::Residual(other.view()),
                 };
                 linear::forward(
                     dev,
@@ -70,13 +81,13 @@ fn bench_layer(
             shape,
             batch,
             precision: Some(precision),
-            cost: cost::linear_backward(dtype, size, !is_first),
+            cost: cost::linear_backward(dtype, size, after_gelu),
         };
         bench.time(case, |on| {
             let inp = on.random(dtype, &[rows, inputs]);
             let weight = on.random(dtype, &[outputs, inputs]);
             let grad_out = on.random(dtype, &[rows, outputs]);
-            let pre = (!is_first).then(|| on.random(dtype, &[rows, inputs]));
+            let pre = after_gelu.then(|| on.random(dtype, &[rows, inputs]));
             let mut grad_inp = on.zeros(dtype, &[rows, inputs]);
             let mut grad_weight = on.zeros(dtype.wide(), &[outputs, inputs]);
             let mut grad_bias = on.zeros(dtype.wide(), &[outputs]);

@@ -37,6 +37,12 @@
 // Minor version of this header: grows with each addition.
 #define PIXMIM_ABI_MINOR 0
 
+// Keys' cubic with a = -0.5, antialiased: Pillow's BICUBIC.
+#define PIXMIM_BICUBIC 3
+
+// Linear, antialiased: Pillow's BILINEAR.
+#define PIXMIM_BILINEAR 2
+
 // Of the state: a weight, f32 (f64 in a model of f64).
 #define PIXMIM_WEIGHT 0
 
@@ -303,6 +309,18 @@ pixmim_status pixmim_random_masking_from_noise(const struct pixmim_context *cont
                                                void *workspace,
                                                size_t *workspace_bytes,
                                                void *stream);
+
+// Resamples rectangles to square crops, bit for bit as Pillow's `Image.resize` does; the same bytes on every device.
+//
+// Writes crops (B, S, S, 3) u8. Reads images (bytes) u8 and geometry (B, 6) i64 as pixmim_input_forward does, which reads
+// the crops then; a whole image is resampled, so top and left are 0, and `interpolation` is PIXMIM_BICUBIC or
+// PIXMIM_BILINEAR. On a GPU nobody looks at geometry.
+pixmim_status pixmim_resize_forward(const struct pixmim_context *context,
+                                    const struct pixmim_tensor *crops,
+                                    const struct pixmim_tensor *images,
+                                    const struct pixmim_tensor *geometry,
+                                    int32_t interpolation,
+                                    void *stream);
 
 // From bytes to numbers: crops, mirrors, normalises and patchifies images.
 //

@@ -218,7 +218,8 @@ fn photos() -> std::result::Result<Tensor, Box<dyn Error>> {
     for sample in 0..source.len() {
         let photo = source.read(sample).map_err(|bad| format!("{bad:?}"))?;
         let (photo, crop) = augment::center(&photo, SIDE, Interpolation::Bicubic);
-        let pixels = Tensor::from_vec(photo.pixels, (photo.height, photo.width, 3), &Device::Cpu)?;
+        let pixels =
+            Tensor::from_vec(photo.pixels.to_vec(), (photo.height, photo.width, 3), &Device::Cpu)?;
         let (top, left) = (crop.top as usize, crop.left as usize);
         let pixels = pixels.i((top..top + SIDE, left..left + SIDE))?.permute((2, 0, 1))?;
         photos.push(pixels.to_dtype(DType::F32)?.affine(1.0 / 255.0, 0.0)?);

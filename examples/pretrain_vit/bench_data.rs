@@ -7,23 +7,22 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pixmim::Result;
-use pixmim::data::loader::{Loader, order};
+use pixmim::data::loader::{Loader, LoaderConfig, order};
 use pixmim::data::resize::{Rect, resize, short_side};
 use pixmim::data::source::Source;
 use pixmim::data::{Image, augment, decode};
 use pixmim::train::config::{Config, Crop};
 use pixmim::train::run;
 
+use crate::cli::quoted;
 use crate::progress::say;
 
 /// Images that the stages are timed on: those that a run would see first.
 const IMAGES: usize = 256;
 /// Passes over them, of which the median counts.
 const PASSES: usize = 5;
-/// What a stage is called that decodes nothing.
-const READ: &str = "read";
-/// The loader is timed for about so long.
-const LOADER_TIME: Duration = Duration::from_secs(2);
+/// Each loader is timed for about so long.
+const LOADER_TIME: Duration = Duration::from_millis(1500);
 
 /// Times the stages, prints them, and says what to do about the slowest.
 pub(crate) fn measure(config: &Config) -> Result<()> {
@@ -55,40 +54,46 @@ pub(crate) fn measure(config: &Config) -> Result<()> {
     say(&format!("pixels    {:.0} x {0:.0} on average", pixels.sqrt()));
 
     say(&format!("{:<34}{:>10}{:>16}", "stage, on one core", "us/image", "images/s a core"));
-    let read = if source.in_memory() { READ } else { "read and decode" };
+    let read = if source.in_memory() { "read" } else { "read and decode" };
     row(&format!("{read}, first time"), first);
-    let read = Stage::time(read, samples.len(), || {
+    time(read, samples.len(), || {
         samples.iter().for_each(|&sample| drop(black_box(source.read(sample))));
     });
-    let crop = crop(config, &images, &samples);
-    let whole = read.seconds + crop.seconds;
-    row("all of them", whole);
-    let (rate, threads) = loader(config, Arc::new(source))?;
+    crop(config, &images, &samples);
+    let source = Arc::new(source);
+    // It also copies what crops show into batches.
+    let seconds = 1.0 / loader(config, &source, 1)?;
+    row("loader", seconds);
+    let threads = config.resolved().data_threads;
+    let rate = loader(config, &source, threads)?;
     say(&format!("loader    {rate:.0} images/s with data.threads={threads}"));
-    say(&format!("cores     {:.1} such as this one for 10,000 images/s", 10_000.0 * whole));
-    if read.name != READ && config.method.crop == Crop::Simple {
-        say(
-            "next: decode and resize once and for all: cargo run --release --example pack_dataset -- DATA OUT",
-        );
+    say(&format!("cores     {:.2} such as this one for 10,000 images/s", 10_000.0 * seconds));
+    if !source.in_memory() && config.method.crop == Crop::Simple {
+        let (data, side) = (source.path().to_string_lossy(), config.model.image_size);
+        say(&format!(
+            "next: decode and resize once and for all: \
+             cargo run --release --example pack_dataset -- {} OUT --side {side}",
+            quoted(&data)
+        ));
     }
     Ok(())
 }
 
-/// Makes what a batch gets of each image.
-fn crop(config: &Config, images: &[Image], samples: &[usize]) -> Stage {
+/// Times what turns an image into what its crop is taken of.
+fn crop(config: &Config, images: &[Image], samples: &[usize]) {
     let (side, method) = (config.model.image_size, &config.method);
-    let each = || images.iter().zip(samples);
+    let resized = |image: &Image| short_side(image.height, image.width, side);
+    let is_resized = |image: &Image| resized(image) == (image.height, image.width);
     match method.crop {
-        Crop::Simple => Stage::time("resize the short side", images.len(), || {
+        // As packed for this size.
+        Crop::Simple if images.iter().all(is_resized) => {}
+        Crop::Simple => time("resize the short side", images.len(), || {
             for image in images {
-                let size = short_side(image.height, image.width, side);
-                if size != (image.height, image.width) {
-                    black_box(resize(image, Rect::whole(image), size, method.interpolation));
-                }
+                black_box(resize(image, Rect::whole(image), resized(image), method.interpolation));
             }
         }),
-        Crop::RandomResized => Stage::time("random resized crop", images.len(), || {
-            for (image, &sample) in each() {
+        Crop::RandomResized => time("random resized crop", images.len(), || {
+            for (image, &sample) in images.iter().zip(samples) {
                 let choices = augment::choices(config.runtime.seed, 0, sample);
                 let extent = (image.height, image.width);
                 let (part, _) =
@@ -99,15 +104,18 @@ fn crop(config: &Config, images: &[Image], samples: &[usize]) -> Stage {
     }
 }
 
-/// Images in a second that the loader makes of data it has not seen, and its threads.
-fn loader(config: &Config, source: Arc<Source>) -> Result<(f64, usize)> {
-    let mut config = run::loader_config(config, &config.resolved());
-    // As in the first epoch, and whatever the batch is.
-    config.cache_bytes = 0;
-    config.micro_batch = config.micro_batch.min(source.len());
-    config.global_batch = config.micro_batch;
-    let (images, threads) = (config.micro_batch, config.threads);
-    let mut loader = Loader::new(source, config, 0)?;
+/// Images in a second that the loader makes of data it has not seen.
+fn loader(config: &Config, source: &Arc<Source>, threads: usize) -> Result<f64> {
+    let images = config.optim.micro_batch.min(source.len());
+    let config = LoaderConfig {
+        threads,
+        // As in the first epoch, and whatever the batch of a step is.
+        cache_bytes: 0,
+        micro_batch: images,
+        global_batch: images,
+        ..run::loader_config(config, &config.resolved())
+    };
+    let mut loader = Loader::new(Arc::clone(source), config, 0)?;
     let never = AtomicBool::new(false);
     let start = Instant::now();
     let mut batches = 0;
@@ -116,25 +124,14 @@ fn loader(config: &Config, source: Arc<Source>) -> Result<(f64, usize)> {
         loader.recycle(batch);
         batches += 1;
     }
-    Ok(((batches * images) as f64 / start.elapsed().as_secs_f64(), threads))
+    Ok((batches * images) as f64 / start.elapsed().as_secs_f64())
 }
 
-/// A stage and what it takes.
-struct Stage {
-    name: &'static str,
-    /// Of an image, the median over passes.
-    seconds: f64,
-}
-
-impl Stage {
-    /// Times a stage that `pass` takes through so many images, and prints it.
-    fn time(name: &'static str, images: usize, mut pass: impl FnMut()) -> Self {
-        let mut passes: Vec<f64> = (0..PASSES).map(|_| per_image(images, &mut pass)).collect();
-        passes.sort_by(f64::total_cmp);
-        let stage = Self { name, seconds: passes[PASSES / 2] };
-        row(stage.name, stage.seconds);
-        stage
-    }
+/// Times a stage that `pass` takes through so many images, and prints the median.
+fn time(name: &str, images: usize, mut pass: impl FnMut()) {
+    let mut passes: Vec<f64> = (0..PASSES).map(|_| per_image(images, &mut pass)).collect();
+    passes.sort_by(f64::total_cmp);
+    row(name, passes[PASSES / 2]);
 }
 
 /// Seconds of one of so many images.

@@ -63,8 +63,9 @@ pub(crate) struct Recipe {
     /// Set one key, such as optim.lr=1e-3; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     assignments: Vec<String>,
-    /// A folder tree of JPEG, PNG and WebP files, or CIFAR-10 binary batches [default: the bundled photos].
-    #[arg(long, value_name = "FOLDER")]
+    /// A folder tree of JPEG, PNG and WebP files, a folder of .tar files or packed shards, a .tar, or CIFAR-10
+    /// binary batches [default: the bundled photos].
+    #[arg(long, value_name = "PATH")]
     data: Option<String>,
     /// What is learned: pixmim (low-pass target, simple crop) or mae (raw target, random resized crop)
     /// [default: pixmim].

@@ -14,6 +14,7 @@ masked tokens are predicted, and instead of un-shuffling the decoder's tokens th
 
 import argparse
 import contextlib
+import functools
 import math
 import resource
 import statistics
@@ -54,6 +55,8 @@ class Size:
 SIZES = {
     "small64": Size(64, 8, 192, 6, 3, 96, 2, 3, 64, 40 * 64 / 224),
     "vit_b": Size(224, 16, 768, 12, 12, 512, 8, 16, 8, 40),
+    "vit_l": Size(224, 16, 1024, 24, 16, 512, 8, 16, 8, 40),
+    "vit_h": Size(224, 14, 1280, 32, 16, 512, 8, 16, 8, 40),
 }
 
 
@@ -201,39 +204,49 @@ def adamw(model, lr):
 
 
 class Trainer:
-    """The step: everything between uint8 images and updated weights."""
+    """The step: everything between uint8 images and updated weights. `compile` makes a function of the model: none runs
+    it as it is."""
 
-    def __init__(self, size, lr, precision="f32", compiled=False, device="cpu", compile_mode=None):
+    def __init__(self, size, lr, precision="f32", compile=None, device="cpu"):
         self.device = device
         self.model = Mae(size).to(device)
         self.optimizer = adamw(self.model, lr)
-        self.loss = torch.compile(self.model, mode=compile_mode) if compiled else self.model
+        self.loss = compile(self.model) if compile else self.model
         self.autocast = (
             torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         )
         dtype = torch.get_default_dtype()
         self.mean, self.std = (torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in (MEAN, STD))
-        self.keep = None if size.radius is None else low_pass_filter(size.image, size.radius).to(device)
+        self.filter = None
+        if size.radius is not None:
+            self.filter = functools.partial(low_pass, keep=low_pass_filter(size.image, size.radius).to(device))
 
     def forward(self, images, noise):
         """Loss of images in [0, 1]. The filter runs in full precision, and outside of what is compiled:
         PyTorch's compiler has no code for complex numbers."""
         with torch.no_grad():
             x = (images - self.mean) / self.std
-            target = x if self.keep is None else (low_pass(images, self.keep) - self.mean) / self.std
+            target = x if self.filter is None else (self.filter(images) - self.mean) / self.std
         with self.autocast:
             return self.loss(x, target, noise)
 
-    def update(self, loss):
+    def accumulate(self, pixels, noise, share=1.0):
+        """Adds the gradients of uint8 images (N, 3, H, W), which are this share of a step's; their share of the loss."""
+        loss = share * self.forward(pixels.float().div_(255), noise)
         loss.backward()
+        return loss.detach()
+
+    def update(self):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def noise(self, pixels):
+        return torch.rand(pixels.shape[0], self.model.size.grid**2, device=self.device)
+
     def step(self, pixels):
         """One step on uint8 images (N, 3, H, W); returns the loss."""
-        noise = torch.rand(pixels.shape[0], self.model.size.grid**2, device=self.device)
-        loss = self.forward(pixels.float().div_(255), noise)
-        self.update(loss)
+        loss = self.accumulate(pixels, self.noise(pixels))
+        self.update()
         return loss.item()
 
 
@@ -244,7 +257,7 @@ def peak_rss_mib():
 
 def measure(size, mode, steps, warmup):
     form, precision = mode.split("-")
-    trainer = Trainer(size, 1.5e-4, precision, form == "compile")
+    trainer = Trainer(size, 1.5e-4, precision, torch.compile if form == "compile" else None)
     pool = torch.randint(0, 256, (4, size.batch, 3, size.image, size.image), dtype=torch.uint8)
     times, loss = [], math.nan
     for step in range(warmup + steps):
@@ -320,7 +333,8 @@ def check():
             gradients = torch.autograd.grad(loss, list(trainer.model.parameters()), retain_graph=True)
             norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
             expect("gradient norm", norm, 3.544680775385, 1e-9)
-        trainer.update(loss)
+        loss.backward()
+        trainer.update()
     expect("cls_token[0] after 5 updates", trainer.model.cls_token[0, 0, 0].item(), 0.0251657636, 1e-9)
     return failures
 

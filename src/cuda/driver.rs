@@ -7,6 +7,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::device::{HostBuffer, HostMemory};
 use crate::{DType, Result};
 
 /// An address in a GPU's memory. Eight bytes in a kernel's parameters; 0 is "none".
@@ -227,6 +228,21 @@ pub(crate) trait Driver: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`Gpu`](crate::Error::Gpu).
     fn upload(&self, dst: DevPtr, src: &[u8]) -> Result<()>;
+
+    /// Zeros in page-locked memory of the host, from which the GPU copies by itself; `None` if there is none to be had, or
+    /// nothing to be gained by it.
+    fn lock_pages(&self, _bytes: usize) -> Option<Box<dyn HostMemory>> {
+        None
+    }
+
+    /// As [`upload`](Self::upload). From memory of [`lock_pages`](Self::lock_pages) without a copy on the host: it is read
+    /// after this returns, and waits when it is written.
+    ///
+    /// # Errors
+    /// [`Gpu`](crate::Error::Gpu).
+    fn upload_buffer(&self, dst: DevPtr, src: &HostBuffer) -> Result<()> {
+        self.upload(dst, src)
+    }
 
     /// Copies to the host, after all work enqueued so far. Not while capturing.
     ///

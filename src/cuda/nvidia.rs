@@ -10,7 +10,9 @@ mod copies;
 mod graph;
 mod handles;
 mod kernels;
+mod outbox;
 
+use std::any::Any;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,10 +25,12 @@ pub(super) use self::copies::{upload, within_gpu};
 use self::handles::Context;
 pub(super) use self::handles::{Event, Memory, Stream};
 use self::kernels::{Kernels, Suspects};
+use self::outbox::Outbox;
 use crate::cuda::cublaslt::{Lane, Plans, WORKSPACE_BYTES};
 use crate::cuda::driver::{Clock, DevPtr, Driver, Epilogues, Graph, Launch, Matmul, Properties};
 use crate::cuda::kernels::FATBINS;
 use crate::cuda::probe::{self, Found};
+use crate::device::{HostBuffer, HostMemory};
 use crate::{Error, Result};
 
 /// What a matrix product is called in messages.
@@ -159,6 +163,18 @@ impl Inner {
         }
     }
 
+    /// Does an upload by what uploads go through, which is made when first needed.
+    fn upload(&self, copy: impl FnOnce(&mut Uploads, &Stream) -> Result<()>) -> Result<()> {
+        self.bind()?;
+        self.expect_no_capture("copy from the host")?;
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = match &mut *uploads {
+            Some(uploads) => Ok(uploads),
+            none => Uploads::new().map(|uploads| none.insert(uploads)),
+        };
+        made.and_then(|uploads| copy(uploads, &self.stream)).map_err(|error| self.blame(error))
+    }
+
     /// What is behind the error of a call that enqueues: work enqueued before, if that has failed.
     fn blame(&self, error: Error) -> Error {
         let Error::Gpu { action, .. } = error else { return error };
@@ -254,15 +270,25 @@ impl Driver for Nvidia {
         if src.is_empty() {
             return Ok(());
         }
-        self.0.bind()?;
-        self.0.expect_no_capture("copy from the host")?;
-        let mut uploads = self.0.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = match &mut *uploads {
-            Some(uploads) => Ok(uploads),
-            none => Uploads::new().map(|uploads| none.insert(uploads)),
-        };
-        made.and_then(|uploads| uploads.copy(dst.0, src, &self.0.stream))
-            .map_err(|error| self.0.blame(error))
+        self.0.upload(|uploads, stream| uploads.copy(dst.0, src, stream))
+    }
+
+    fn lock_pages(&self, bytes: usize) -> Option<Box<dyn HostMemory>> {
+        self.0.bind().ok()?;
+        // Whatever is wrong, ordinary memory does as well, or the next call will say it.
+        let outbox = if bytes > 0 { Outbox::new(bytes, &self.0.gpu).ok() } else { None };
+        outbox.map(|outbox| Box::new(outbox) as _)
+    }
+
+    fn upload_buffer(&self, dst: DevPtr, src: &HostBuffer) -> Result<()> {
+        let memory: &dyn Any = src.memory();
+        match memory.downcast_ref::<Outbox>() {
+            Some(outbox) if !src.is_empty() && outbox.is_of(&self.0.gpu) => {
+                let range = src.offset()..src.offset() + src.len();
+                self.0.upload(|uploads, stream| uploads.fetch(dst.0, outbox, range, stream))
+            }
+            _ => self.upload(dst, src),
+        }
     }
 
     fn download(&self, dst: &mut [u8], src: DevPtr) -> Result<()> {

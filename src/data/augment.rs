@@ -56,6 +56,28 @@ pub fn simple_crop(
     })
 }
 
+/// The part of an image that a crop of `side` pixels shows, and the crop's place in that part, which shows the same.
+///
+/// A crop that reaches over an edge shows what lies there by reflection; the part then ends at that edge, so that it is
+/// reflected alike. It is at most `side` pixels high and wide, unless all rows or columns of the crop lie over an edge. The
+/// crop must be one that [`check_geometry`](crate::ops::input::check_geometry) lets pass.
+#[must_use]
+pub fn shown(crop: &Geometry, side: usize) -> (Rect, Geometry) {
+    let span = |start: i64, extent: i64| {
+        let folded = |i| reflect(i, extent as usize) as i64;
+        let last = start + side as i64 - 1;
+        let first = if start < 0 { 0 } else { start.min(folded(last)) };
+        let end = if last >= extent { extent } else { last.max(folded(start)) + 1 };
+        (first, end - first)
+    };
+    let (top, height) = span(crop.top, crop.height);
+    let (left, width) = span(crop.left, crop.width);
+    let place =
+        Geometry { offset: 0, height, width, top: crop.top - top, left: crop.left - left, ..*crop };
+    let [top, left, height, width] = [top, left, height, width].map(|n| n as usize);
+    (Rect { top, left, height, width }, place)
+}
+
 /// Refuses a border that reflection cannot fill.
 ///
 /// # Errors

@@ -2,6 +2,9 @@
 //!
 //! What a batch holds is a function of the seed and of its place in the run. It depends neither on the number of threads
 //! nor on what was loaded before: a resumed run sees the same batches.
+//!
+//! A batch is made in the memory that a GPU reads it from. Each image has its place there, of a size that no crop exceeds,
+//! and the worker that has decoded it copies what the crop shows of it, once.
 
 mod worker;
 
@@ -18,7 +21,7 @@ use crate::data::augment::{self, Geometry};
 use crate::data::source::{BadImage, Source};
 use crate::rng::{Purpose, Stream};
 use crate::train::config::{Crop, Interpolation};
-use crate::{Error, Result};
+use crate::{Device, Error, HostBuffer, Result};
 
 /// What is loaded, and how.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,7 +53,23 @@ pub struct LoaderConfig {
     pub cache_bytes: usize,
     /// Loading fails when more than this share of the images cannot be read, and more than one.
     pub max_bad_share: f64,
+    /// Who resizes the random resized crop.
+    pub resample: Resample,
 }
+
+/// Who resizes the rectangle of a random resized crop to the square that the network sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resample {
+    /// The loader's threads: the batch holds squares.
+    #[default]
+    OnHost,
+    /// Whoever takes the batch: it holds the rectangles, all of each to be resized. One of more than
+    /// [`MOST_SQUARES`] times the pixels of the square has been resized already, to where that changes nothing any more.
+    OnDevice,
+}
+
+/// Largest rectangle that is left to the device to resize, in squares of [`LoaderConfig::image_size`] pixels a side.
+pub const MOST_SQUARES: usize = 4;
 
 /// A micro-batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,9 +82,10 @@ pub struct Batch {
     pub epoch: u32,
     /// Sample of each image, after the replacement of bad ones.
     pub samples: Vec<i64>,
-    /// The images, RGB bytes, one after the other; [`Geometry`] says where each starts and how large it is.
-    pub images: Vec<u8>,
-    /// Crop of each image.
+    /// What the crops show of the images, RGB bytes, each in a place of the same size; [`Geometry`] says where each starts and
+    /// how large it is.
+    pub images: HostBuffer,
+    /// Crop of each image, or with [`Resample::OnDevice`] its rectangle to be resized.
     pub geometry: Vec<Geometry>,
     /// Images first found bad while this batch was made.
     pub bad: Vec<BadImage>,
@@ -123,18 +143,26 @@ impl Loader {
     /// [`Error::Invalid`] for a config that makes no sense, [`Error::Data`] for too few samples, [`Error::Io`] if
     /// threads cannot be had.
     pub fn new(source: Arc<Source>, config: LoaderConfig, first_step: u64) -> Result<Self> {
-        Self::start(source, config, first_step, work)
+        Self::for_device(&Device::cpu(), source, config, first_step)
     }
 
-    fn start(
+    /// As [`new`](Self::new), with batches in memory that `dev` reads by itself, as [`Device::host_buffer`] gives it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn for_device(
+        dev: &Device,
         source: Arc<Source>,
         config: LoaderConfig,
         first_step: u64,
-        work: fn(&Shared),
     ) -> Result<Self> {
-        config.check()?;
-        let threads = config.threads;
-        let shared = Arc::new(Shared::new(source, config, first_step)?);
+        let shared = Shared::new(dev.clone(), source, config, first_step)?;
+        Self::start(shared, work)
+    }
+
+    fn start(shared: Shared, work: fn(&Shared)) -> Result<Self> {
+        let threads = shared.config.threads;
+        let shared = Arc::new(shared);
         let mut loader =
             Self { shared, workers: Vec::new(), bad: HashSet::new(), first_bad: Vec::new() };
         for i in 0..threads {
@@ -204,11 +232,11 @@ impl Loader {
         Ok(Some(batch))
     }
 
-    /// Takes back a batch that is no longer needed, to fill its buffers anew.
+    /// Takes back a batch that is no longer needed, to fill its buffers anew, once a GPU has read them.
     pub fn recycle(&mut self, batch: Batch) {
         let mut progress = self.shared.lock();
         if progress.spare.len() < self.shared.config.prefetch {
-            progress.spare.push(batch);
+            progress.spare.push_back(batch);
         }
     }
 
@@ -244,6 +272,21 @@ impl Drop for Loader {
 }
 
 impl LoaderConfig {
+    /// Bytes of an image's place in a batch, and of all of them.
+    fn sizes(&self) -> Result<(usize, usize)> {
+        let squares = match (self.crop, self.resample) {
+            (Crop::RandomResized, Resample::OnDevice) => MOST_SQUARES,
+            _ => 1,
+        };
+        let size = self.image_size;
+        let place = size.checked_mul(size).and_then(|pixels| pixels.checked_mul(3 * squares));
+        let all = place.and_then(|place| Some((place, place.checked_mul(self.micro_batch)?)));
+        all.filter(|(_, all)| isize::try_from(*all).is_ok()).ok_or_else(|| {
+            let why = format!("is {}, which no memory holds at {size} pixels", self.micro_batch);
+            Error::invalid("optim.micro_batch", why)
+        })
+    }
+
     fn check(&self) -> Result<()> {
         let positive = [
             ("model.image_size", self.image_size),
@@ -311,8 +354,10 @@ mod tests {
             prefetch: 2,
             cache_bytes: 0,
             max_bad_share: 0.01,
+            resample: Resample::OnHost,
         };
-        Loader::start(Arc::new(source), config, 0, work).expect("threads")
+        let shared = Shared::new(crate::Device::cpu(), Arc::new(source), config, 0);
+        Loader::start(shared.expect("a config"), work).expect("threads")
     }
 
     #[test]

@@ -13,8 +13,8 @@ mod cpu;
 
 pub(crate) use cpu::{Rectangle, resample};
 
-use super::expect_nonzero;
 use super::input::{GEOMETRY_FIELDS, Geometry, expect_geometry};
+use super::{cost, expect_nonzero};
 use crate::device::Call;
 use crate::{DType, Device, Result, TensorMut, TensorRef};
 
@@ -53,6 +53,10 @@ pub struct Forward<'a> {
 /// [`crate::Error::Invalid`] for a geometry that [`check_geometry`] refuses.
 pub fn forward(dev: &Device, args: Forward<'_>) -> Result<()> {
     let side = args.check(dev)?;
+    // What the rectangles have of the images' bytes stands in geometry, which may be on a GPU: all of them, most likely.
+    let _span = dev.span("resize::forward", || {
+        cost::resize_forward([args.crops.shape()[0], side], args.images.elems() / 3)
+    });
     match dev {
         Device::Cpu(_) => cpu::forward(args, side),
         Device::Cuda(gpu) => launch::forward(gpu, args, side)?,

@@ -4,7 +4,7 @@ use super::step::Inputs;
 use crate::cuda::{Gpu, Recording};
 use crate::device::Place;
 use crate::ops::input::{GEOMETRY_FIELDS, Geometry};
-use crate::{DType, Device, Result, Tensor};
+use crate::{DType, Device, HostBuffer, Result, Tensor};
 
 /// A GPU's copy of the micro-batch. It keeps its place from step to step, so that recorded work finds it.
 #[derive(Debug)]
@@ -31,12 +31,13 @@ impl Feed {
         batch.images.elems() <= self.images.view().elems()
     }
 
-    /// Copies the batch in. `judge` is asked of its geometry and bytes whether it leads outside its images, since a kernel
-    /// would trust it; of geometry that is on the GPU already nobody knows.
+    /// Copies the batch in; `buffer` holds its images if they are in one. `judge` is asked of its geometry and bytes whether
+    /// it leads outside its images, since a kernel would trust it; of geometry that is on the GPU already nobody knows.
     pub(super) fn fill(
         &mut self,
         dev: &Device,
         batch: Inputs<'_>,
+        buffer: Option<&HostBuffer>,
         judge: impl FnOnce(&[Geometry], usize) -> Result<()>,
     ) -> Result<()> {
         dev.copy(self.geometry.view_mut(), batch.geometry)?;
@@ -45,7 +46,10 @@ impl Feed {
             judge(rows, batch.images.elems())?;
         }
         let (images, _) = self.images.view_mut().split_at(batch.images.elems());
-        dev.copy(images, batch.images)?;
+        match buffer {
+            Some(buffer) => dev.upload_buffer(images, buffer)?,
+            None => dev.copy(images, batch.images)?,
+        }
         dev.copy(self.samples.view_mut(), batch.samples)?;
         dev.copy(self.epoch.view_mut(), batch.epoch)
     }

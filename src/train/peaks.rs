@@ -146,17 +146,10 @@ fn fastest(dev: &Device, mut run: impl FnMut() -> Result<()>) -> Result<Duration
 fn random<T: Element>(dev: &Device, shape: &[usize], number: impl Fn(u32) -> T) -> Result<Tensor> {
     const DRAWN: usize = 1 << 20;
     let mut tensor = Tensor::new(dev, T::DTYPE, shape)?;
-    let mut rest = tensor.view_mut();
-    let elems = rest.elems();
+    let elems = tensor.view().elems();
     let stream = Stream::new(0, 0, 0, Purpose::Init);
     let drawn: Vec<T> = (0..DRAWN.min(elems) as u32).map(|i| number(stream.word(i))).collect();
-    rest = rest.reshaped(&[elems])?;
-    while rest.elems() > 0 {
-        let count = rest.elems().min(drawn.len());
-        let (part, others) = rest.split_at(count);
-        dev.upload(part, &drawn[..count])?;
-        rest = others;
-    }
+    dev.fill(tensor.view_mut(), &drawn)?;
     Ok(tensor)
 }
 

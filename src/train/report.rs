@@ -233,6 +233,8 @@ fn curves(page: &mut String, report: &Report<'_>) {
 fn profile(page: &mut String, report: &Report<'_>) -> Result<()> {
     let Some(path) = report.profile else { return Ok(()) };
     let svg = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    // Of use to a file by itself only.
+    let svg = svg.replacen(" xmlns=\"http://www.w3.org/2000/svg\"", "", 1);
     let _ = write!(
         page,
         "<h2>Profile</h2>\n<figure>{svg}<figcaption>One micro-batch and one update, before the first step. Point at a bar \

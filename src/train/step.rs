@@ -1,16 +1,20 @@
 //! One training step: masks, input, target, forward, loss, backward, update.
 
+mod batch;
+
+pub use self::batch::{Inputs, MicroBatch};
 use super::feed::{Feed, Work};
 use super::plan::Plan;
 use super::resample::Resampled;
 use crate::TensorList;
+use crate::data::loader::Batch;
 use crate::model::params::Spec;
 use crate::model::{Activations, Mae, MaeConfig, Scratch};
 use crate::ops::low_freq_target::{self, Filter};
-use crate::ops::resize::{self, Interpolation};
+use crate::ops::resize::Interpolation;
 use crate::ops::{adamw, grad_norm, input, masked_mse_loss, random_masking};
-use crate::profile::{self, stage};
-use crate::{Arena, DType, Device, Error, Result, Tensor, TensorRef};
+use crate::profile::stage;
+use crate::{Arena, DType, Device, Error, HostBuffer, Result, Tensor, TensorRef};
 
 /// What a step computes, beside the network.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,45 +50,6 @@ pub struct Settings {
     pub seed: u64,
     /// On a GPU: whether a step's work is recorded once and then run again as a whole. Changes no bit.
     pub record: bool,
-}
-
-/// The images of one micro-batch, as [`input`] reads them, or [`resize`] if the settings say so.
-#[derive(Clone, Copy, Debug)]
-pub struct MicroBatch<'a> {
-    /// Bytes of all images.
-    pub images: &'a [u8],
-    /// Six numbers for each image.
-    pub geometry: &'a [i64],
-    /// Id of each image: decides its mask, with seed and epoch.
-    pub samples: &'a [i64],
-    /// Epoch of the step.
-    pub epoch: u32,
-}
-
-/// A micro-batch as tensors, each in the host's memory or the device's.
-#[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
-    /// `(bytes)` u8: the images, one after another.
-    pub images: TensorRef<'a>,
-    /// `(B, 6)` i64. Checked on the host; on a GPU nobody looks, so it must be as [`input::check_geometry`] asks, or
-    /// [`resize::check_geometry`] if images are resampled.
-    pub geometry: TensorRef<'a>,
-    /// `(B)` i64: decides each image's mask, with seed and epoch.
-    pub samples: TensorRef<'a>,
-    /// `(1)` i64: epoch of the step, below 2^28.
-    pub epoch: TensorRef<'a>,
-}
-
-impl<'a> Inputs<'a> {
-    fn on_host(batch: MicroBatch<'a>, epoch: &'a [i64; 1]) -> Result<Self> {
-        let images = batch.samples.len();
-        Ok(Self {
-            images: TensorRef::new(batch.images, &[batch.images.len()])?,
-            geometry: TensorRef::new(batch.geometry, &[images, input::GEOMETRY_FIELDS])?,
-            samples: TensorRef::new(batch.samples, &[images])?,
-            epoch: TensorRef::new(epoch, &[1])?,
-        })
-    }
 }
 
 impl Settings {
@@ -139,10 +104,11 @@ pub struct Trainer {
     workspace: Tensor,
     /// On a GPU: its copy of the micro-batch, and the step as recorded work.
     feed: Option<Feed>,
+    accumulate_work: Work,
     forward_work: Work,
     backward_work: Work,
     update_work: Work,
-    /// What the forward pass was recorded for.
+    /// What forward passes were recorded for.
     micro_batches: usize,
     /// Whether there are activations that no backward pass has used.
     forwarded: bool,
@@ -223,6 +189,7 @@ impl Trainer {
             scalars,
             workspace,
             feed: None,
+            accumulate_work: Work::New,
             forward_work: Work::New,
             backward_work: Work::New,
             update_work: Work::New,
@@ -295,9 +262,10 @@ impl Trainer {
             return Err(Error::Place { op: "set_device", arg: "dev", expected, found });
         }
         self.dev = dev;
-        for work in [&mut self.forward_work, &mut self.backward_work, &mut self.update_work] {
-            *work = Work::New;
-        }
+        self.accumulate_work = Work::New;
+        self.forward_work = Work::New;
+        self.backward_work = Work::New;
+        self.update_work = Work::New;
         Ok(())
     }
 
@@ -309,15 +277,51 @@ impl Trainer {
         if let Device::Cuda(gpu) = &self.dev { gpu.synchronize() } else { Ok(()) }
     }
 
-    /// Adds the gradient of one of the `micro_batches` of a step: [`forward_loss`](Self::forward_loss), then
-    /// [`backward`](Self::backward). On a GPU it is enqueued, and the batch's memory may be reused at once.
+    /// Adds the gradient of one of the `micro_batches` of a step, as [`forward_loss`](Self::forward_loss) and
+    /// [`backward`](Self::backward) do. On a GPU it is enqueued, and the batch's memory may be reused at once.
+    ///
+    /// A GPU goes from one micro-batch to the next without the host: this copies the images, judges the geometry, enqueues
+    /// copies to the GPU, which travel beside the work before them, and one recording, of forward and backward; it waits for
+    /// nothing but room for the copies, which a micro-batch or two before have left. From the last micro-batch of a step
+    /// to the next step it waits in [`outcome`](Self::outcome).
     ///
     /// # Errors
     /// Those of the ops, if the batch does not fit the settings.
     pub fn accumulate(&mut self, batch: MicroBatch<'_>, micro_batches: usize) -> Result<()> {
         let epoch = [i64::from(batch.epoch)];
-        self.forward_loss(Inputs::on_host(batch, &epoch)?, micro_batches)?;
-        self.backward()
+        self.accumulate_inputs(Inputs::on_host(batch, &epoch)?, None, micro_batches)
+    }
+
+    /// As [`accumulate`](Self::accumulate), of a batch of the loader's. If that is
+    /// [made for](crate::data::loader::Loader::for_device) this device, the images are not copied on the host: the GPU reads
+    /// them where they are, and the loader fills that memory anew when it has.
+    ///
+    /// # Errors
+    /// As [`accumulate`](Self::accumulate).
+    pub fn accumulate_batch(&mut self, batch: &Batch, micro_batches: usize) -> Result<()> {
+        let epoch = [i64::from(batch.epoch)];
+        let inputs = Inputs::on_host(batch.into(), &epoch)?;
+        self.accumulate_inputs(inputs, Some(&batch.images), micro_batches)
+    }
+
+    fn accumulate_inputs(
+        &mut self,
+        batch: Inputs<'_>,
+        images: Option<&HostBuffer>,
+        micro_batches: usize,
+    ) -> Result<()> {
+        let forward = stage("forward", None);
+        self.run_batch(
+            batch,
+            images,
+            micro_batches,
+            |step| &mut step.accumulate_work,
+            |step, inputs| {
+                step.enqueue_forward(inputs, micro_batches)?;
+                drop(forward);
+                step.enqueue_backward()
+            },
+        )
     }
 
     /// Adds to the loss that of one of the `micro_batches` of a step. On a GPU it is enqueued; a batch that is there
@@ -326,62 +330,16 @@ impl Trainer {
     /// # Errors
     /// As [`accumulate`](Self::accumulate).
     pub fn forward_loss(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<()> {
-        if micro_batches == 0 {
-            return Err(Error::invalid("micro_batches", "is 0; a step has at least one"));
-        }
-        self.forwarded = false;
         let _forward = stage("forward", None);
-        if let Device::Cpu(_) = self.dev {
-            self.enqueue_forward(batch, micro_batches)?;
-        } else {
-            let mut feed = self.take_feed(batch, micro_batches)?;
-            let judge = |rows: &[input::Geometry], bytes| match self.resampled {
-                Some(_) => resize::check_geometry(rows, bytes),
-                None => input::check_geometry(rows, bytes, self.mae.config().image_size),
-            };
-            let done = feed.fill(&self.dev, batch, judge).and_then(|()| {
-                let enqueue = |step: &mut Self| step.enqueue_forward(feed.inputs(), micro_batches);
-                self.run(|step| &mut step.forward_work, enqueue)
-            });
-            self.feed = Some(feed);
-            done?;
-        }
+        self.run_batch(
+            batch,
+            None,
+            micro_batches,
+            |step| &mut step.forward_work,
+            |step, inputs| step.enqueue_forward(inputs, micro_batches),
+        )?;
         self.forwarded = true;
         Ok(())
-    }
-
-    /// A GPU's place for the batch: the one before, which recorded work reads, if it fits.
-    fn take_feed(&mut self, batch: Inputs<'_>, micro_batches: usize) -> Result<Feed> {
-        let fits = self.feed.as_ref().is_some_and(|feed| feed.holds(batch));
-        if !fits || self.micro_batches != micro_batches {
-            self.forward_work = Work::New;
-            self.micro_batches = micro_batches;
-        }
-        match self.feed.take() {
-            Some(feed) if fits => return Ok(feed),
-            // Before the larger one is made: there need not be room for both.
-            Some(_in_use) => self.synchronize()?,
-            None => {}
-        }
-        // Photos differ in size: some room, so that a larger batch need not be recorded anew.
-        let bytes = batch.images.elems() + batch.images.elems() / 4;
-        Feed::new(&self.home, self.settings.micro_batch, bytes)
-    }
-
-    /// Does a piece of a step: on a GPU as recorded work, if the settings say so and nobody asks what its ops take.
-    fn run(
-        &mut self,
-        work: impl Fn(&mut Self) -> &mut Work,
-        enqueue: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
-        let gpu = match self.dev.clone() {
-            Device::Cuda(gpu) if !profile::is_collecting() => gpu,
-            _ => return enqueue(self),
-        };
-        let (mut taken, record) = (std::mem::take(work(self)), self.settings.record);
-        let done = taken.run(&gpu, record, || enqueue(self));
-        *work(self) = taken;
-        done
     }
 
     /// From the batch to the loss.
@@ -472,13 +430,13 @@ impl Trainer {
             let why = "finds no activations; each is for one forward_loss, which comes before it";
             return Err(Error::invalid("backward", why));
         }
+        self.run(|step| &mut step.backward_work, Self::enqueue_backward)
+    }
+
+    fn enqueue_backward(&mut self) -> Result<()> {
         let _backward = stage("backward", None);
-        self.run(
-            |step| &mut step.backward_work,
-            |Self { dev, mae, acts, grads, scratch, workspace, .. }| {
-                mae.backward(dev, acts, grads, scratch, workspace)
-            },
-        )
+        let Self { dev, mae, acts, grads, scratch, workspace, .. } = self;
+        mae.backward(dev, acts, grads, scratch, workspace)
     }
 
     /// Takes the step: updates the weights by the accumulated gradient, unless the loss, the gradient or its square is not

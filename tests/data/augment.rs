@@ -1,6 +1,8 @@
 //! Crops and flips. Goldens of random choices come from a Python transcription of Philox and of the definitions.
 
-use pixmim::data::augment::{Geometry, center, choices, random_resized_crop, reflect, simple_crop};
+use pixmim::data::augment::{
+    Geometry, center, choices, random_resized_crop, reflect, shown, simple_crop,
+};
 use pixmim::data::resize::Rect;
 use pixmim::train::config::Interpolation::Bicubic;
 
@@ -58,6 +60,47 @@ fn a_border_that_reflection_cannot_fill_is_refused() {
         "`method.padding` is 32, but an image of 32 pixels can be reflected by at most 31"
     );
     assert!(simple_crop(&choices(0, 0, 0), (31, 40), 32, 4, 0.5).is_err());
+}
+
+/// Every crop that one reflection reaches, of images smaller and larger than it, with different rows and columns.
+#[test]
+fn a_crop_of_the_part_that_it_shows_is_the_same_crop() {
+    for (side, height) in [(7, 4), (7, 7), (7, 12), (8, 31), (1, 1), (1, 3)] {
+        let width = height + 2;
+        let starts = |extent: i64| 1 - extent..2 * extent - side;
+        for top in starts(height) {
+            // Rows and columns do not touch each other: all of one, each with one of the other.
+            let left =
+                starts(width).start + (top - starts(height).start) % starts(width).count() as i64;
+            let crop = Geometry { offset: 99, height, width, top, left, flip: top & 1 };
+            let (part, place) = shown(&crop, side as usize);
+            assert_eq!((place.offset, place.flip), (0, crop.flip));
+            assert_eq!((place.height, place.width), (part.height as i64, part.width as i64));
+            for (start, extent, first, count, begin) in [
+                (top, height, part.top, part.height, place.top),
+                (left, width, part.left, part.width, place.left),
+            ] {
+                let all: Vec<usize> =
+                    (start..start + side).map(|i| reflect(i, extent as usize)).collect();
+                let inside: Vec<usize> =
+                    (begin..begin + side).map(|i| first + reflect(i, count)).collect();
+                assert_eq!(inside, all, "{crop:?}");
+                assert!(first + count <= extent as usize);
+                // Some of it lies in the image: then no more than the crop has.
+                if start + side > 0 && start < extent {
+                    assert!(count <= side as usize, "{crop:?} shows {count}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_crop_within_the_image_shows_its_own_pixels_only() {
+    let crop = Geometry { offset: 7, height: 30, width: 40, top: 11, left: 25, flip: 1 };
+    let (part, place) = shown(&crop, 9);
+    assert_eq!(part, Rect { top: 11, left: 25, height: 9, width: 9 });
+    assert_eq!(place, Geometry { offset: 0, height: 9, width: 9, top: 0, left: 0, flip: 1 });
 }
 
 #[test]

@@ -6,13 +6,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use pixmim::Result;
-use pixmim::data::augment::{Geometry, choices, simple_crop};
+use pixmim::data::Image;
+use pixmim::data::augment::{Geometry, choices, random_resized_crop, reflect, simple_crop};
 use pixmim::data::decode::Options;
-use pixmim::data::loader::{Batch, Loader, LoaderConfig, order};
+use pixmim::data::loader::{Batch, Loader, LoaderConfig, MOST_SQUARES, Resample, order};
 use pixmim::data::resize::{Rect, resize, short_side};
 use pixmim::data::source::Source;
 use pixmim::train::config::{Crop, Interpolation};
+use pixmim::{HostBuffer, Result};
 use tempfile::{TempDir, tempdir};
 
 use crate::{mixed, write_png};
@@ -34,6 +35,7 @@ fn config() -> LoaderConfig {
         prefetch: 3,
         cache_bytes: 1 << 20,
         max_bad_share: 0.01,
+        resample: Resample::OnHost,
     }
 }
 
@@ -107,23 +109,83 @@ fn an_epoch_holds_whole_steps_and_no_sample_twice() {
     }
 }
 
+/// The pixels that a crop of `side` shows of an image among `bytes`.
+fn seen(bytes: &[u8], crop: &Geometry, side: usize) -> Vec<u8> {
+    let [height, width] = [crop.height, crop.width].map(|n| n as usize);
+    let image = &bytes[crop.offset as usize..][..3 * height * width];
+    let pixel = |y: usize, x: usize| {
+        let x = if crop.flip == 1 { side - 1 - x } else { x };
+        let row = reflect(crop.top + y as i64, height);
+        let column = reflect(crop.left + x as i64, width);
+        &image[3 * (row * width + column)..][..3]
+    };
+    (0..side * side).flat_map(|at| pixel(at / side, at % side)).copied().collect()
+}
+
 #[test]
-fn a_batch_holds_the_resized_images_and_their_crops() {
+fn a_batch_holds_what_the_crops_show_of_the_resized_images() {
     let (_root, source) = folder(9, |_| false);
-    for batch in batches(&source, config(), 0, 4) {
-        let mut images = Vec::new();
-        for (&sample, geometry) in batch.samples.iter().zip(&batch.geometry) {
+    let mut reflected = 0;
+    for batch in batches(&source, config(), 0, 8) {
+        for (i, (&sample, crop)) in batch.samples.iter().zip(&batch.geometry).enumerate() {
             let image = source.read(sample as usize).unwrap();
             let size = short_side(image.height, image.width, SIZE);
             let image = resize(&image, Rect::whole(&image), size, Interpolation::Bicubic);
             let stream = choices(11, batch.epoch, sample as usize);
-            let crop = simple_crop(&stream, size, SIZE, 3, 0.5).unwrap();
-            assert_eq!(*geometry, Geometry { offset: images.len() as i64, ..crop });
-            images.extend(image.pixels);
+            let whole = simple_crop(&stream, size, SIZE, 3, 0.5).unwrap();
+            assert_eq!(seen(&batch.images, crop, SIZE), seen(&image.pixels, &whole, SIZE));
+            // Each in a place of its own, and nothing but zeros beside it.
+            let place = 3 * SIZE * SIZE;
+            assert_eq!(crop.offset as usize, i * place);
+            let bytes = 3 * (crop.height * crop.width) as usize;
+            assert!(batch.images[i * place..][bytes..place].iter().all(|byte| *byte == 0));
+            reflected += usize::from(bytes < place);
         }
-        assert_eq!(batch.images, images);
         assert_eq!((batch.samples.len(), batch.geometry.len()), (3, 3));
+        assert_eq!(batch.images.len(), 3 * 3 * SIZE * SIZE);
     }
+    assert!(reflected > 3, "some crops reach over an edge");
+}
+
+#[test]
+fn rectangles_left_to_the_device_to_resize_give_the_crops_of_the_host() {
+    let root = tempdir().unwrap();
+    for i in 0..6 {
+        write_png(&root.path().join(format!("{i}.png")), &mixed(i, 51 + 3 * i, 67 - 2 * i));
+    }
+    let source = Arc::new(open(root.path()));
+    let on_host = LoaderConfig { crop: Crop::RandomResized, ..config() };
+    let on_device = LoaderConfig { resample: Resample::OnDevice, ..on_host.clone() };
+    let (mut small, mut large) = (0, 0);
+    let squares = batches(&source, on_host, 0, 8);
+    for (squares, batch) in squares.iter().zip(batches(&source, on_device, 0, 8)) {
+        assert_eq!(batch.images.len(), 3 * MOST_SQUARES * 3 * SIZE * SIZE);
+        assert_eq!(batch.samples, squares.samples);
+        for (i, (crop, square)) in batch.geometry.iter().zip(&squares.geometry).enumerate() {
+            let image = source.read(batch.samples[i] as usize).unwrap();
+            let stream = choices(11, batch.epoch, batch.samples[i] as usize);
+            let (rect, _) =
+                random_resized_crop(&stream, (image.height, image.width), [0.2, 1.0], 0.5);
+            let [height, width] = [crop.height, crop.width].map(|n| n as usize);
+            if rect.height * rect.width <= MOST_SQUARES * SIZE * SIZE {
+                assert_eq!((height, width), (rect.height, rect.width));
+                small += 1;
+            } else {
+                assert_eq!((height, width), (SIZE, SIZE));
+                large += 1;
+            }
+            let offset = i * MOST_SQUARES * 3 * SIZE * SIZE;
+            let expected = Geometry { offset: offset as i64, ..*crop };
+            assert_eq!((*crop, crop.top, crop.left, crop.flip), (expected, 0, 0, square.flip));
+            let pixels = batch.images[offset..][..3 * height * width].to_vec().into();
+            let rectangle = Image { height, width, pixels };
+            let whole = Rect::whole(&rectangle);
+            let resized = resize(&rectangle, whole, (SIZE, SIZE), Interpolation::Bicubic);
+            let same = &squares.images[square.offset as usize..][..3 * SIZE * SIZE];
+            assert_eq!(resized.pixels, same);
+        }
+    }
+    assert!(small > 3 && large > 3, "{small} rectangles, {large} squares");
 }
 
 #[test]
@@ -146,8 +208,12 @@ fn a_random_resized_crop_is_the_whole_of_its_image() {
 #[test]
 fn batches_do_not_depend_on_threads_prefetch_or_cache() {
     let (_root, source) = folder(19, |i| i == 4);
-    for crop in [Crop::Simple, Crop::RandomResized] {
-        let config = LoaderConfig { crop, max_bad_share: 0.1, ..config() };
+    for (crop, resample) in [
+        (Crop::Simple, Resample::OnHost),
+        (Crop::RandomResized, Resample::OnHost),
+        (Crop::RandomResized, Resample::OnDevice),
+    ] {
+        let config = LoaderConfig { crop, resample, max_bad_share: 0.1, ..config() };
         let reference =
             batches(&source, LoaderConfig { threads: 1, prefetch: 1, ..config.clone() }, 0, 20);
         for (threads, prefetch, cache_bytes) in [(2, 1, 0), (2, 4, 3000), (4, 3, 1 << 20)] {
@@ -277,6 +343,20 @@ fn recycled_batches_are_filled_anew() {
 }
 
 #[test]
+fn a_recycled_batch_of_other_memory_does_not_matter() {
+    let (_root, source) = folder(12, |_| false);
+    let config = LoaderConfig { prefetch: 1, ..config() };
+    let reference = batches(&source, config.clone(), 0, 4);
+    let mut loader = Loader::new(source, config, 0).unwrap();
+    for expected in &reference {
+        let mut batch = next(&mut loader).unwrap();
+        assert_eq!(batch, *expected);
+        batch.images = HostBuffer::new(5);
+        loader.recycle(batch);
+    }
+}
+
+#[test]
 fn a_loader_can_be_dropped_at_any_time() {
     let (_root, source) = folder(12, |_| false);
     for taken in 0..6 {
@@ -298,9 +378,10 @@ fn cifar_is_loaded_without_resizing() {
     let config = LoaderConfig { image_size: 32, padding: 4, ..config() };
     for batch in batches(&source, config, 0, 2) {
         for (&sample, crop) in batch.samples.iter().zip(&batch.geometry) {
-            let image = &batch.images[crop.offset as usize..][..3072];
-            assert_eq!(image, source.read(sample as usize).unwrap().pixels);
-            assert!((-4..=4).contains(&crop.top) && (-4..=4).contains(&crop.left));
+            let image = source.read(sample as usize).unwrap();
+            let stream = choices(11, batch.epoch, sample as usize);
+            let whole = simple_crop(&stream, (32, 32), 32, 4, 0.5).unwrap();
+            assert_eq!(seen(&batch.images, crop, 32), seen(&image.pixels, &whole, 32));
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
 
 use pixmim::data::decode::Options;
-use pixmim::data::loader::{Batch, Loader, LoaderConfig};
+use pixmim::data::loader::{Batch, Loader, LoaderConfig, Resample};
 use pixmim::data::resize::{Rect, resize, short_side};
 use pixmim::data::shard::{Set, Shard, ShardWriter};
 use pixmim::data::source::{BadImage, Source};
@@ -91,6 +91,49 @@ fn a_set_gives_the_images_names_and_labels_that_were_written() {
     assert_eq!(shard.skipped(), [bad(6)]);
 }
 
+/// Laid out by hand after docs/data.md.
+#[test]
+fn a_file_has_the_bytes_that_the_format_says() {
+    let root = tempdir().unwrap();
+    let path = root.path().join("a.shard");
+    let mut writer =
+        ShardWriter::create(&path, Set { side: 2, ..set(9) }, 7, 0x1_0000_0005).unwrap();
+    writer.push("é", Some(1), &mixed(3, 2, 4)).unwrap();
+    writer.skip(BadImage { sample: 0x1_0000_0006, name: "b".into(), reason: "why".into() });
+    writer.finish().unwrap();
+
+    let pixels = [&mixed(3, 2, 4).pixels[..], &[0; 40]].concat();
+    let u32s = |numbers: &[u32]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>();
+    let index = [
+        &128u64.to_le_bytes()[..],
+        &u32s(&[2, 4, 1, crc32c::crc32c(&pixels)]),
+        &u32s(&[2]),
+        "é".as_bytes(),
+        &u32s(&[3]),
+        b"cat",
+        &u32s(&[5]),
+        "hünd".as_bytes(),
+        &0x1_0000_0006u64.to_le_bytes(),
+        &u32s(&[1]),
+        b"b",
+        &u32s(&[3]),
+        b"why",
+    ]
+    .concat();
+    let mut file = [
+        &b"pixshard"[..],
+        &u32s(&[1, 2, 1, 9, 7, 0x1234_5678, 5, 1]),
+        &192u64.to_le_bytes(),
+        &(index.len() as u64).to_le_bytes(),
+        &u32s(&[1, 1, 2, crc32c::crc32c(&index)]),
+        &[0; 52],
+    ]
+    .concat();
+    file.extend(crc32c::crc32c(&file).to_le_bytes());
+    assert_eq!(file.len(), 128);
+    assert!(fs::read(&path).unwrap() == [file, pixels, index].concat());
+}
+
 #[test]
 fn pixels_are_views_of_the_mapping_that_begin_on_cache_lines() {
     let root = tempdir().unwrap();
@@ -111,13 +154,14 @@ fn each_byte_of_a_shard_is_under_a_checksum() {
     assert!(!is_found_damaged(&path));
     let whole = fs::read(&path).unwrap();
     let damaged = root.path().join("damaged");
-    for at in 0..whole.len() {
+    assert!(whole.len() >= 500);
+    for change in 0..2 * whole.len() {
         let mut bytes = whole.clone();
-        bytes[at] ^= 1 + (philox4x32_10([at as u32, 0, 0, 0], [5, 0])[0] % 255) as u8;
+        let at = change % whole.len();
+        bytes[at] ^= 1 + (philox4x32_10([change as u32, 0, 0, 0], [5, 0])[0] % 255) as u8;
         fs::write(&damaged, &bytes).unwrap();
         assert!(is_found_damaged(&damaged), "byte {at} of {}", whole.len());
     }
-    assert!(whole.len() >= 500);
 }
 
 #[test]
@@ -171,8 +215,10 @@ fn a_hostile_header_or_index_is_refused_whatever_its_checksums_say() {
     refused("may have 1048576", 56, &u32_max);
     refused("ends too early", 56, &(1u32 << 20).to_le_bytes());
     refused("its images end at", 56, &[2]);
-    refused("ends too early", 60, &u32_max);
-    refused("ends too early", 64, &u32_max);
+    refused("may have 1048576", 60, &u32_max);
+    refused("may have 1048576", 64, &u32_max);
+    refused("ends too early", 60, &(1u32 << 20).to_le_bytes());
+    refused("ends too early", 64, &(1u32 << 20).to_le_bytes());
     refused("bytes too many", 60, &[0]);
     // The first image: offset, height, width, label.
     refused("image 0 is at", index, &u64_max);
@@ -344,6 +390,7 @@ fn batches(source: Source) -> Vec<Batch> {
         prefetch: 3,
         cache_bytes: 0,
         max_bad_share: 0.0,
+        resample: Resample::OnHost,
     };
     let mut loader = Loader::new(Arc::new(source), config, 0).unwrap();
     let never = AtomicBool::new(false);

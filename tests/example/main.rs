@@ -1,4 +1,5 @@
-//! `pretrain_vit` as a process: what it says, what it leaves, and what no signal, kill or full disk may break.
+//! `pretrain_vit` and `pack_dataset` as processes: what they say, what they leave, and what no signal, kill
+//! or full disk may break.
 #![cfg(all(feature = "train", unix))]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -6,6 +7,7 @@ mod disks;
 mod kills;
 mod leaves;
 mod memory;
+mod packing;
 mod program;
 mod refusals;
 mod signals;

@@ -1,16 +1,20 @@
-//! Where the built example is.
+//! Where the built examples are.
 
 use std::path::{Path, PathBuf};
 
-/// The example that cargo builds beside this test.
+/// `pretrain_vit`.
 pub(crate) fn program() -> PathBuf {
+    example("pretrain_vit")
+}
+
+/// An example that cargo builds beside this test.
+pub(crate) fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let profile = test.parent().and_then(Path::parent).unwrap();
-    let program =
-        profile.join("examples").join(format!("pretrain_vit{}", std::env::consts::EXE_SUFFIX));
+    let program = profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
     assert!(
         program.is_file(),
-        "{} is missing; `cargo build --release --example pretrain_vit` builds it",
+        "{} is missing; `cargo build --release --example {name}` builds it",
         program.display()
     );
     program

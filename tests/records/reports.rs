@@ -30,6 +30,7 @@ fn empty() -> Report<'static> {
         records: &[],
         pictures: &[],
         timeline: None,
+        profile: None,
         notices: &[],
         bad_images: &[],
         facts: &[],

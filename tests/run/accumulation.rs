@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use pixmim::data::decode;
-use pixmim::data::loader::{Batch, Loader, LoaderConfig};
+use pixmim::data::loader::{Batch, Loader, LoaderConfig, Resample};
 use pixmim::data::source::Source;
 use pixmim::ops::random_masking;
 use pixmim::train::checkpoint::TensorFile;
 use pixmim::train::config::{Auto, Crop, Interpolation};
-use pixmim::train::step::{MicroBatch, Settings, Trainer};
+use pixmim::train::step::{Settings, Trainer};
 use pixmim::{Arena, DType, Device, TensorRef};
 use tempfile::tempdir;
 
@@ -35,6 +35,7 @@ pub(crate) fn batches(data: &Path, micro: usize, steps: usize) -> Vec<Batch> {
         prefetch: 3,
         cache_bytes: 0,
         max_bad_share: 0.0,
+        resample: Resample::OnHost,
     };
     let mut loader = Loader::new(source, config, 0).unwrap();
     let never = AtomicBool::new(false);
@@ -58,15 +59,6 @@ pub(crate) fn settings(micro_batch: usize) -> Settings {
         clip: 0.0,
         seed: 5,
         record: true,
-    }
-}
-
-pub(crate) fn micro_batch(batch: &Batch) -> MicroBatch<'_> {
-    MicroBatch {
-        images: &batch.images,
-        geometry: bytemuck::cast_slice(&batch.geometry),
-        samples: &batch.samples,
-        epoch: batch.epoch,
     }
 }
 
@@ -120,7 +112,7 @@ fn samples_crops_and_masks_of_a_step_do_not_depend_on_the_micro_batch() {
             let samples = batch.samples.iter().map(|&sample| (batch.step, batch.epoch, sample));
             samples.zip(crops).zip(masks(batch))
         });
-        let pixels: Vec<u8> = batches.iter().flat_map(|batch| batch.images.clone()).collect();
+        let pixels: Vec<u8> = batches.iter().flat_map(|batch| batch.images.to_vec()).collect();
         (images.collect::<Vec<_>>(), pixels)
     });
     assert_eq!(seen[0].0.len(), 40);
@@ -147,7 +139,7 @@ fn the_gradient_of_a_step_is_the_mean_over_its_micro_batches() {
         let mut trainer = Trainer::new(Device::cpu(), config, DType::F64, settings(micro)).unwrap();
         trainer.clear().unwrap();
         for batch in &batches(data.path(), micro, 1) {
-            trainer.accumulate(micro_batch(batch), 8 / micro).unwrap();
+            trainer.accumulate_batch(batch, 8 / micro).unwrap();
         }
         let outcome = trainer.update(1e-3).unwrap();
         assert!(outcome.updated);

@@ -13,7 +13,7 @@ use pixmim::train::step::Trainer;
 use pixmim::{DType, Device, Error};
 use tempfile::tempdir;
 
-use crate::accumulation::{batches, micro_batch, settings};
+use crate::accumulation::{batches, settings};
 use crate::{Said, checkpoint, go_on, photos, tensors, tiny, train};
 
 /// Bits of all weights and moments.
@@ -39,7 +39,7 @@ fn a_step_that_is_not_finite_leaves_every_bit_and_the_next_one_goes_on() {
     let step = |trainer: &mut Trainer, step: usize| {
         trainer.clear().unwrap();
         for batch in &batches[2 * step..2 * step + 2] {
-            trainer.accumulate(micro_batch(batch), 2).unwrap();
+            trainer.accumulate_batch(batch, 2).unwrap();
         }
         trainer.update(1e-2).unwrap()
     };

@@ -4,7 +4,7 @@
 use std::fs;
 
 use pixmim::train::StepRecord;
-use pixmim::train::config::Config;
+use pixmim::train::config::{Config, Crop};
 use pixmim::train::metrics;
 use pixmim::train::run::{Options, Resume};
 use tempfile::tempdir;
@@ -77,8 +77,9 @@ fn plans_of_products_that_are_of_another_gpu_are_told_and_not_used() {
 #[test]
 fn what_a_gpu_computes_in_bf16_follows_the_cpu() {
     let (data, dir) = (photos(13), tempdir().unwrap());
-    let losses = |device: &str| {
-        let mut config = tiny(data.path(), &dir.path().join(device));
+    let losses = |device: &str, crop| {
+        let mut config = tiny(data.path(), &dir.path().join(format!("{device} {crop:?}")));
+        config.method.crop = crop;
         config.runtime.device = device.into();
         config.runtime.precision = if device == "simt" { "bf16".into() } else { "f32".into() };
         config.schedule.steps = Some(4);
@@ -86,7 +87,10 @@ fn what_a_gpu_computes_in_bf16_follows_the_cpu() {
         train(&config, &Options::default(), None, &mut said).unwrap();
         said.losses
     };
-    for (gpu, cpu) in losses("simt").into_iter().zip(losses("cpu")) {
-        assert!((gpu - cpu).abs() <= 5e-3, "{gpu} {cpu}");
+    // The GPU resizes random crops itself.
+    for crop in [Crop::Simple, Crop::RandomResized] {
+        for (gpu, cpu) in losses("simt", crop).into_iter().zip(losses("cpu", crop)) {
+            assert!((gpu - cpu).abs() <= 5e-3, "{crop:?}: {gpu} {cpu}");
+        }
     }
 }

@@ -8,6 +8,7 @@ mod bad_images;
 mod divergence;
 mod folder;
 mod gpu;
+mod profile;
 mod resume;
 mod threads;
 

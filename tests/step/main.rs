@@ -7,13 +7,14 @@
 
 use pixmim::cuda::{Epilogues, SimtOptions};
 use pixmim::data::Image;
+use pixmim::data::loader::Batch;
 use pixmim::data::resize::{Rect, resize};
 use pixmim::model::MaeConfig;
 use pixmim::ops::input::Geometry;
 use pixmim::ops::resize::Interpolation::Bicubic;
 use pixmim::rng::{Purpose, Stream};
-use pixmim::train::step::{MicroBatch, Outcome, Settings, Trainer};
-use pixmim::{DType, Device, Error, Gpu};
+use pixmim::train::step::{Inputs, MicroBatch, Outcome, Settings, Trainer};
+use pixmim::{DType, Device, Error, Gpu, TensorRef};
 
 /// Small, and unlike in every size: encoder heads of 32, decoder heads of 16.
 const NET: MaeConfig = MaeConfig {
@@ -247,6 +248,47 @@ fn recorded_work_gives_the_bits_of_work_enqueued_piece_by_piece() {
         (outcomes, state(&trainer))
     };
     assert!(run(true) == run(false));
+}
+
+#[test]
+fn a_micro_batch_gives_the_bits_of_its_pieces_whatever_memory_it_comes_in() {
+    type Accumulate = fn(&mut Trainer, &Images);
+    let whole: Accumulate = |trainer, images| {
+        let Images { bytes: images, geometry, samples } = images;
+        trainer.accumulate(MicroBatch { images, geometry, samples, epoch: 2 }, 2).unwrap();
+    };
+    let buffer: Accumulate = |trainer, images| {
+        let mut batch = Batch { samples: images.samples.clone(), epoch: 2, ..Batch::default() };
+        batch.geometry = bytemuck::cast_slice(&images.geometry).to_vec();
+        batch.images = trainer.device().host_buffer(images.bytes.len());
+        batch.images.copy_from_slice(&images.bytes);
+        trainer.accumulate_batch(&batch, 2).unwrap();
+        batch.images.fill(0);
+    };
+    let pieces: Accumulate = |trainer, images| {
+        let inputs = Inputs {
+            images: TensorRef::new(&images.bytes, &[images.bytes.len()]).unwrap(),
+            geometry: TensorRef::new(&images.geometry, &[MICRO_BATCH, 6]).unwrap(),
+            samples: TensorRef::new(&images.samples, &[MICRO_BATCH]).unwrap(),
+            epoch: TensorRef::new(&[2_i64], &[1]).unwrap(),
+        };
+        trainer.forward_loss(inputs, 2).unwrap();
+        trainer.backward().unwrap();
+    };
+    let run = |accumulate: Accumulate| {
+        let mut trainer = trainer(gpu(0), DType::Bf16, settings());
+        let outcomes: Vec<_> = (0..3)
+            .map(|step| {
+                trainer.clear().unwrap();
+                (0..2).for_each(|micro| accumulate(&mut trainer, &images(3 * (2 * step + micro))));
+                assert!(trainer.backward().is_err(), "every forward pass has had its backward");
+                trainer.update(1e-3).unwrap()
+            })
+            .collect();
+        (outcomes, state(&trainer))
+    };
+    let expected = run(whole);
+    assert!(run(buffer) == expected && run(pieces) == expected);
 }
 
 #[test]

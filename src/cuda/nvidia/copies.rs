@@ -3,13 +3,15 @@
 //! A copy straight to its destination would have to wait for the work that still reads what is there. So large ones
 //! travel beside that work, on a stream of their own, to a staging area, and from there, after it, within the GPU at the
 //! speed of its memory. Small ones are enqueued as they are. Either way the source is first copied to pinned memory, so
-//! it may be reused at once.
+//! it may be reused at once; unless it is pinned itself ([`Outbox`]), and knows when it may.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use cudarc::driver::sys;
 
 use super::handles::{Event, Memory, Pinned, Stream, check};
+use super::outbox::Outbox;
 use crate::{Error, Result};
 
 /// What this file calls.
@@ -34,6 +36,7 @@ pub(super) struct Uploads {
     next_small: usize,
     large: Vec<Large>,
     next_large: usize,
+    fetched: Fetched,
     stream: Stream,
 }
 
@@ -54,6 +57,17 @@ struct Large {
     done: Event,
 }
 
+/// Where what is fetched from an [`Outbox`] arrives: all of it, so that it can travel while earlier work runs.
+#[derive(Debug)]
+struct Fetched {
+    /// Its bytes. Made and grown when needed.
+    staging: Option<(usize, Memory)>,
+    /// After the last copy from host to staging.
+    arrived: Event,
+    /// After the last copy from staging to its destination.
+    done: Event,
+}
+
 impl Uploads {
     pub(super) fn new() -> Result<Self> {
         let small = |_| Ok(Small { host: Pinned::new(SMALL_BYTES, WHAT)?, done: Event::new()? });
@@ -63,6 +77,7 @@ impl Uploads {
             next_small: 0,
             large: (0..LARGE_SLOTS).map(large).collect::<Result<_>>()?,
             next_large: 0,
+            fetched: Fetched { staging: None, arrived: Event::new()?, done: Event::new()? },
             stream: Stream::new()?,
         })
     }
@@ -88,7 +103,7 @@ impl Uploads {
         self.next_small = (self.next_small + 1) % SMALL_SLOTS;
         slot.done.synchronize()?;
         slot.host.write(src);
-        to_gpu(dst, &slot.host, src.len(), stream)?;
+        to_gpu(dst, &slot.host, 0..src.len(), stream)?;
         slot.done.record(stream)
     }
 
@@ -115,11 +130,54 @@ impl Uploads {
                 .try_for_each(|(src, dst)| self.copy_small(dst, src, stream));
         };
         host.write(src);
-        to_gpu(gpu.address(), host, src.len(), &self.stream)?;
+        to_gpu(gpu.address(), host, 0..src.len(), &self.stream)?;
         slot.arrived.record(&self.stream)?;
         stream.wait(&slot.arrived)?;
         within_gpu(dst, gpu.address(), src.len(), stream)?;
         slot.done.record(stream)
+    }
+
+    /// As [`copy`](Self::copy), straight from pinned memory, which is read after this returns and written after that only.
+    /// Makes the host wait for the GPU once, when the first batch of a size comes.
+    pub(super) fn fetch(
+        &mut self,
+        dst: sys::CUdeviceptr,
+        src: &Outbox,
+        range: Range<usize>,
+        stream: &Stream,
+    ) -> Result<()> {
+        let bytes = range.len();
+        let Some(staging) = self.fetched.room(bytes)? else {
+            // Nothing to gain, or no memory to spare: in its turn among the stream's work.
+            return src.read_on(stream, |host| to_gpu(dst, host, range, stream));
+        };
+        let Self { fetched, stream: beside, .. } = self;
+        beside.wait(&fetched.done)?;
+        src.read_on(beside, |host| to_gpu(staging, host, range, beside))?;
+        fetched.arrived.record(beside)?;
+        stream.wait(&fetched.arrived)?;
+        within_gpu(dst, staging, bytes, stream)?;
+        fetched.done.record(stream)
+    }
+}
+
+impl Fetched {
+    /// Address of a staging area of so many bytes; `None` if they are few, or there is no memory for them.
+    fn room(&mut self, bytes: usize) -> Result<Option<sys::CUdeviceptr>> {
+        if bytes <= SMALL_BYTES {
+            return Ok(None);
+        }
+        if self.staging.as_ref().is_none_or(|(room, _)| *room < bytes) {
+            self.done.synchronize()?;
+            self.staging = None;
+            let room = bytes.next_multiple_of(1 << 20);
+            self.staging = match Memory::new(room, WHAT) {
+                Ok(memory) => Some((room, memory)),
+                Err(Error::OutOfMemory { .. }) => None,
+                Err(error) => return Err(error),
+            };
+        }
+        Ok(self.staging.as_ref().map(|(_, memory)| memory.address()))
     }
 }
 
@@ -128,10 +186,12 @@ fn staging(bytes: usize) -> Result<(Pinned, Memory)> {
 }
 
 #[expect(unsafe_code, reason = "calls into libcuda")]
-fn to_gpu(dst: sys::CUdeviceptr, src: &Pinned, bytes: usize, stream: &Stream) -> Result<()> {
-    // SAFETY: the probe found the symbol; `src` has `bytes` bytes, which Pinned::write made sure of, and is neither
-    // written nor freed before the event recorded after this copy is reached.
-    let status = unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.start(), bytes, stream.handle()) };
+fn to_gpu(dst: sys::CUdeviceptr, src: &Pinned, range: Range<usize>, stream: &Stream) -> Result<()> {
+    assert!(range.start <= range.end && range.end <= src.bytes(), "what is read is there");
+    let start = src.start().wrapping_add(range.start).cast::<c_void>();
+    // SAFETY: the probe found the symbol; the range lies within `src`, by the line above, which is neither written nor freed
+    // before the event that the caller records after this copy is reached.
+    let status = unsafe { sys::cuMemcpyHtoDAsync_v2(dst, start, range.len(), stream.handle()) };
     check("copy from the host", status)
 }
 

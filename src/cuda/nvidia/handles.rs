@@ -218,19 +218,25 @@ unsafe impl Send for Event {}
 impl Event {
     /// An event that orders.
     pub(super) fn new() -> Result<Self> {
-        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32)
+    }
+
+    /// An event that orders, and whose waiting thread sleeps instead of asking on and on.
+    pub(super) fn sleeping() -> Result<Self> {
+        let sleeping = sys::CUevent_flags_enum::CU_EVENT_BLOCKING_SYNC as u32;
+        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32 | sleeping)
     }
 
     /// An event that also tells the time.
     pub(crate) fn timed() -> Result<Self> {
-        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DEFAULT)
+        Self::with_flags(sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32)
     }
 
     #[expect(unsafe_code, reason = "calls into libcuda")]
-    fn with_flags(flags: sys::CUevent_flags_enum) -> Result<Self> {
+    fn with_flags(flags: u32) -> Result<Self> {
         let mut handle = ptr::null_mut();
         // SAFETY: the probe found the symbol; a context is current; writes one pointer.
-        check("make an event", unsafe { sys::cuEventCreate(&raw mut handle, flags as u32) })?;
+        check("make an event", unsafe { sys::cuEventCreate(&raw mut handle, flags) })?;
         Ok(Self { handle })
     }
 
@@ -278,12 +284,13 @@ pub(super) fn available_bytes() -> Result<u64> {
     Ok(free as u64)
 }
 
-/// While it lives, this thread may allocate although a stream is being captured, by whomever: the driver refuses that at
-/// first, and spoils the capture, as it cannot know that the graph does not count on the allocation being repeated.
-struct AllocateWhileCapturing(sys::CUstreamCaptureMode);
+/// While it lives, this thread may allocate, and wait for events of other streams, although a stream is being captured, by
+/// whomever: the driver refuses that at first, and spoils the capture, as it cannot know that the graph does not count on it
+/// being repeated.
+pub(super) struct AllowWhileCapturing(sys::CUstreamCaptureMode);
 
-impl AllocateWhileCapturing {
-    fn new() -> Self {
+impl AllowWhileCapturing {
+    pub(super) fn new() -> Self {
         Self(Self::exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED))
     }
 
@@ -296,7 +303,7 @@ impl AllocateWhileCapturing {
     }
 }
 
-impl Drop for AllocateWhileCapturing {
+impl Drop for AllowWhileCapturing {
     fn drop(&mut self) {
         Self::exchange(self.0);
     }
@@ -312,7 +319,7 @@ impl Memory {
     /// At least one byte, aligned to 256. `what` names it in messages.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(crate) fn new(bytes: usize, what: &'static str) -> Result<Self> {
-        let _allowed = AllocateWhileCapturing::new();
+        let _allowed = AllowWhileCapturing::new();
         let mut address = 0;
         // SAFETY: the probe found the symbol; a context is current; writes one address.
         let status = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) };
@@ -357,12 +364,15 @@ pub(super) struct Pinned {
 #[expect(unsafe_code, reason = "holds a pointer")]
 // SAFETY: it owns the memory, like a Box<[u8]>.
 unsafe impl Send for Pinned {}
+#[expect(unsafe_code, reason = "holds a pointer")]
+// SAFETY: a shared reference gives address and size only.
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     /// `what` names it in messages.
     #[expect(unsafe_code, reason = "calls into libcuda")]
     pub(super) fn new(bytes: usize, what: &'static str) -> Result<Self> {
-        let _allowed = AllocateWhileCapturing::new();
+        let _allowed = AllowWhileCapturing::new();
         let mut start: *mut c_void = ptr::null_mut();
         // SAFETY: the probe found the symbol; a context is current; writes one pointer; 0 are the default flags.
         let status = unsafe { sys::cuMemHostAlloc(&raw mut start, bytes, 0) };
@@ -379,8 +389,15 @@ impl Pinned {
     }
 
     /// Its first byte.
-    pub(super) fn start(&self) -> *const c_void {
-        self.start.cast()
+    pub(super) fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// Sets every byte to 0.
+    #[expect(unsafe_code, reason = "writes to memory of the driver")]
+    pub(super) fn clear(&mut self) {
+        // SAFETY: the memory has `bytes` bytes, and is borrowed exclusively.
+        unsafe { self.start.write_bytes(0, self.bytes) };
     }
 
     /// Copies `src` to its start. No copy out of it may be under way.

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use half::bf16;
 
+mod buffers;
 mod epilogues;
 mod slices;
 mod streams;
@@ -240,6 +241,36 @@ fn time_is_that_of_the_work_between() {
     let error = gpu.time(Box::new(|| gpu.launch(&launch))).unwrap_err().to_string();
     assert!(error.contains("fail;"), "{error}");
     gpu.free(memory);
+}
+
+#[test]
+fn marks_tell_when_the_stream_reached_them() {
+    let Some(gpu) = on_fake("marks_tell_when_the_stream_reached_them", &[]) else { return };
+    let memory = gpu.alloc(4, "test").unwrap();
+    let fill = |times| (0..times).try_for_each(|value| fill(&gpu, memory, 1, value));
+    fill(5).unwrap();
+    let mut clock = gpu.clock().unwrap();
+    for times in [0, 3, 0, 2] {
+        fill(times).unwrap();
+        clock.mark().unwrap();
+    }
+    fill(7).unwrap();
+    assert_eq!(clock.read().unwrap(), [0, 3, 3, 5].map(Duration::from_millis));
+
+    // An event that is captured never tells the time, and asking it spoils the capture.
+    gpu.begin_capture().unwrap();
+    for refused in [gpu.clock().map(drop), clock.mark()] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("record"), "{error}");
+    }
+    drop(gpu.end_capture().unwrap());
+    let launch = Launch { kernel: "fail", grid: 1, block: 32, shared_bytes: 0, params: &[0; 8] };
+    gpu.launch(&launch).unwrap();
+    let error = clock.mark().and_then(|()| clock.read()).unwrap_err().to_string();
+    assert!(error.contains("fail;"), "{error}");
+    gpu.free(memory);
+    // The clock outlives its GPU.
+    drop(gpu);
 }
 
 #[test]
@@ -493,6 +524,7 @@ fn every_function_called_is_looked_up_first() {
         "nvidia/graph.rs",
         "nvidia/handles.rs",
         "nvidia/kernels.rs",
+        "nvidia/outbox.rs",
         "nvidia.rs",
         "probe.rs",
         "probe/cublaslt.rs",

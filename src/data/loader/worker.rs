@@ -1,22 +1,31 @@
-//! What the threads of the loader do: claim slots of micro-batches in order, fill them, put the micro-batches together.
+//! What the threads of the loader do: claim slots of micro-batches in order, and fill them.
+//!
+//! A slot's place in the batch is its own piece of the batch's memory, so threads fill slots side by side.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::vec;
 
-use super::{Batch, LoaderConfig, order, steps_per_epoch};
+use super::{Batch, LoaderConfig, MOST_SQUARES, Resample, order, steps_per_epoch};
 use crate::data::Image;
 use crate::data::augment::{self, Geometry};
 use crate::data::resize::{Rect, resize, short_side};
 use crate::data::source::{BadImage, Source};
 use crate::train::config::Crop;
-use crate::{Error, Result};
+use crate::{Device, Error, HostBuffer, Result};
 
 /// What the loader and its workers share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) source: Arc<Source>,
     pub(super) config: LoaderConfig,
+    /// Who reads the batches.
+    dev: Device,
+    /// Bytes of an image's place in a batch.
+    place_bytes: usize,
+    /// Bytes of a batch's images.
+    batch_bytes: usize,
     pub(super) steps_per_epoch: u64,
     /// Micro-batches in a step.
     micros: u64,
@@ -40,8 +49,8 @@ pub(super) struct Progress {
     pub(super) front: u64,
     /// Micro-batches under way, from `front` on.
     pub(super) open: VecDeque<Open>,
-    /// Batches to be filled anew.
-    pub(super) spare: Vec<Batch>,
+    /// Batches to be filled anew. The first has waited longest, so that a GPU has read it most likely.
+    pub(super) spare: VecDeque<Batch>,
     /// The latest epoch that was begun, and its order.
     order: Option<(u32, Arc<[u32]>)>,
     pub(super) closed: bool,
@@ -52,8 +61,10 @@ pub(super) struct Progress {
 /// A micro-batch under way.
 #[derive(Debug)]
 pub(super) struct Open {
-    /// Slots handed to workers.
-    begun: usize,
+    /// The batch, without its images.
+    batch: Batch,
+    /// Places of images that no worker has taken yet.
+    places: vec::IntoIter<HostBuffer>,
     /// Slots that workers have filled.
     filled: usize,
     slots: Vec<Option<Slot>>,
@@ -64,8 +75,10 @@ pub(super) struct Open {
 /// One image of a micro-batch.
 #[derive(Debug)]
 struct Slot {
-    /// `None` if all that was tried was bad.
-    image: Option<(usize, Image, Geometry)>,
+    /// Its place in the batch.
+    place: HostBuffer,
+    /// Sample and crop; `None` if all that was tried was bad.
+    image: Option<(usize, Geometry)>,
     /// Samples tried before, all bad.
     bad: Vec<usize>,
 }
@@ -89,23 +102,23 @@ struct Job {
     order: Arc<[u32]>,
 }
 
-/// A worker: fills slots until the loader is closed. Who fills the last slot of a micro-batch puts it together.
+/// A worker: fills slots until the loader is closed.
 pub(super) fn work(shared: &Shared) {
-    while let Some(job) = shared.next_job() {
-        let slot = shared.fill(&job);
-        if let Some((slots, batch)) = shared.put(&job, slot) {
-            let made = shared.assemble(&job, slots, batch);
-            let mut progress = shared.lock();
-            let at = (job.micro_batch - progress.front) as usize;
-            progress.open[at].made = Some(made);
-            drop(progress);
-            shared.made.notify_all();
-        }
+    while let Some((job, place)) = shared.next_job() {
+        let slot = shared.fill(&job, place);
+        shared.put(&job, slot);
     }
 }
 
 impl Shared {
-    pub(super) fn new(source: Arc<Source>, config: LoaderConfig, first_step: u64) -> Result<Self> {
+    pub(super) fn new(
+        dev: Device,
+        source: Arc<Source>,
+        config: LoaderConfig,
+        first_step: u64,
+    ) -> Result<Self> {
+        config.check()?;
+        let (place_bytes, batch_bytes) = config.sizes()?;
         let steps_per_epoch = steps_per_epoch(&source, config.global_batch)?;
         if first_step / steps_per_epoch >= 1 << 28 || source.len() >= 1 << 32 {
             return Err(Error::invalid(
@@ -123,7 +136,7 @@ impl Shared {
             progress: Mutex::new(Progress {
                 front: first_step * micros,
                 open: VecDeque::new(),
-                spare: Vec::new(),
+                spare: VecDeque::new(),
                 order: None,
                 closed: false,
                 panic: None,
@@ -131,6 +144,9 @@ impl Shared {
             made: Condvar::new(),
             room: Condvar::new(),
             known: Mutex::default(),
+            dev,
+            place_bytes,
+            batch_bytes,
             steps_per_epoch,
             micros,
             source,
@@ -147,28 +163,27 @@ impl Shared {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a slot to fill; `None` once the loader is closed.
-    fn next_job(&self) -> Option<Job> {
+    /// Waits for a slot to fill, and takes its place in the batch; `None` once the loader is closed.
+    fn next_job(&self) -> Option<(Job, HostBuffer)> {
         let size = self.config.micro_batch;
         let mut progress = self.lock();
-        loop {
+        let (slot, place) = loop {
             if progress.closed {
                 return None;
             }
-            if progress.open.back().is_some_and(|open| open.begun < size) {
-                break;
+            if let Some(open) = progress.open.back_mut()
+                && let Some(place) = open.places.next()
+            {
+                break (size - 1 - open.places.len(), place);
             }
             if progress.open.len() < self.config.prefetch {
-                let slots = (0..size).map(|_| None).collect();
-                progress.open.push_back(Open { begun: 0, filled: 0, slots, made: None });
-                break;
+                let spare = progress.spare.pop_front().unwrap_or_default();
+                progress.open.push_back(self.open(spare));
+            } else {
+                progress = self.room.wait(progress).unwrap_or_else(PoisonError::into_inner);
             }
-            progress = self.room.wait(progress).unwrap_or_else(PoisonError::into_inner);
-        }
+        };
         let micro_batch = progress.front + progress.open.len() as u64 - 1;
-        let open = progress.open.back_mut().expect("pushed or seen above");
-        let slot = open.begun;
-        open.begun += 1;
 
         let (step, micro) = (micro_batch / self.micros, micro_batch % self.micros);
         let epoch = (step / self.steps_per_epoch) as u32;
@@ -181,19 +196,33 @@ impl Shared {
                 order
             }
         };
-        Some(Job { micro_batch, slot, epoch, position: in_epoch * size + slot, order })
+        let position = in_epoch * size + slot;
+        Some((Job { micro_batch, slot, epoch, position, order }, place))
+    }
+
+    /// A micro-batch of which nothing is made yet, in the memory of one that is no longer needed.
+    fn open(&self, mut batch: Batch) -> Open {
+        let mut images = std::mem::take(&mut batch.images);
+        if images.len() != self.batch_bytes {
+            images = self.dev.host_buffer(self.batch_bytes);
+        }
+        Open {
+            batch,
+            places: images.into_pieces(self.place_bytes).into_iter(),
+            filled: 0,
+            slots: (0..self.config.micro_batch).map(|_| None).collect(),
+            made: None,
+        }
     }
 
     /// Makes the image of a slot; where it is bad, that of the next sample in the epoch's order.
-    fn fill(&self, job: &Job) -> Slot {
+    fn fill(&self, job: &Job, mut place: HostBuffer) -> Slot {
         let mut bad = Vec::new();
         // With more bad samples than are tolerated the micro-batch fails: no need to look at all the others.
         while bad.len() <= self.max_bad {
             let sample = job.order[(job.position + bad.len()) % job.order.len()] as usize;
-            match self.make(sample, job.epoch) {
-                Ok((image, geometry)) => {
-                    return Slot { image: Some((sample, image, geometry)), bad };
-                }
+            match self.make(sample, job.epoch, &mut place) {
+                Ok(geometry) => return Slot { place, image: Some((sample, geometry)), bad },
                 Err(KnownBad) => bad.push(sample),
             }
             // Nobody waits for the rest of what may be a long row of bad ones.
@@ -201,30 +230,53 @@ impl Shared {
                 break;
             }
         }
-        Slot { image: None, bad }
+        Slot { place, image: None, bad }
     }
 
-    /// Reads and crops a sample.
-    fn make(&self, sample: usize, epoch: u32) -> Result<(Image, Geometry), KnownBad> {
-        let LoaderConfig { image_size: size, padding, crop_scale, interpolation, flip, .. } =
-            self.config;
+    /// Reads a sample, and copies to `place` what its crop shows.
+    fn make(
+        &self,
+        sample: usize,
+        epoch: u32,
+        place: &mut HostBuffer,
+    ) -> Result<Geometry, KnownBad> {
+        let LoaderConfig {
+            image_size: size,
+            padding,
+            crop_scale,
+            interpolation,
+            flip,
+            resample,
+            ..
+        } = self.config;
         let choices = augment::choices(self.config.seed, epoch, sample);
         match self.config.crop {
             Crop::Simple => {
                 let image = self.resized(sample)?;
                 let extent = (image.height, image.width);
-                let geometry = augment::simple_crop(&choices, extent, size, padding, flip)
+                let crop = augment::simple_crop(&choices, extent, size, padding, flip)
                     .expect("the padding was checked, the short side is that of the crop");
-                Ok((image, geometry))
+                let (part, geometry) = augment::shown(&crop, size);
+                copy(&image, part, place);
+                Ok(geometry)
             }
             Crop::RandomResized => {
                 let image = self.read(sample)?;
                 let extent = (image.height, image.width);
                 let (rect, mirrored) =
                     augment::random_resized_crop(&choices, extent, crop_scale, flip);
-                let square = resize(&image, rect, (size, size), interpolation);
-                let geometry = Geometry { flip: mirrored.into(), ..augment::whole(&square) };
-                Ok((square, geometry))
+                let ships = resample == Resample::OnDevice
+                    && rect.height * rect.width <= MOST_SQUARES * size * size;
+                let part = if ships {
+                    copy(&image, rect, place);
+                    rect
+                } else {
+                    let square = resize(&image, rect, (size, size), interpolation);
+                    copy(&square, Rect::whole(&square), place);
+                    Rect::whole(&square)
+                };
+                let (height, width) = (part.height as i64, part.width as i64);
+                Ok(Geometry { height, width, flip: mirrored.into(), ..Geometry::default() })
             }
         }
     }
@@ -261,21 +313,23 @@ impl Shared {
         })
     }
 
-    /// Puts a filled slot in its place. After the last one of a micro-batch: all of them, and a batch to be filled.
-    fn put(&self, job: &Job, slot: Slot) -> Option<(Vec<Option<Slot>>, Batch)> {
+    /// Notes a filled slot. The last one of a micro-batch completes it.
+    fn put(&self, job: &Job, slot: Slot) {
         let mut progress = self.lock();
         let at = (job.micro_batch - progress.front) as usize;
         let open = &mut progress.open[at];
         open.slots[job.slot] = Some(slot);
         open.filled += 1;
         if open.filled < open.slots.len() {
-            return None;
+            return;
         }
-        let slots = std::mem::take(&mut open.slots);
-        Some((slots, progress.spare.pop().unwrap_or_default()))
+        let (slots, batch) = (std::mem::take(&mut open.slots), std::mem::take(&mut open.batch));
+        open.made = Some(self.assemble(job, slots, batch));
+        drop(progress);
+        self.made.notify_all();
     }
 
-    /// Copies images next to each other.
+    /// Puts a micro-batch together of its slots.
     fn assemble(
         &self,
         job: &Job,
@@ -286,20 +340,32 @@ impl Shared {
         batch.micro = (job.micro_batch % self.micros) as usize;
         batch.epoch = job.epoch;
         batch.samples.clear();
-        batch.images.clear();
         batch.geometry.clear();
         batch.bad.clear();
         let mut bad = Vec::new();
-        for slot in slots.into_iter().flatten() {
+        let mut places = Vec::with_capacity(slots.len());
+        for (i, slot) in slots.into_iter().flatten().enumerate() {
+            places.push(slot.place);
             bad.extend(slot.bad);
-            if let Some((sample, image, geometry)) = slot.image {
+            if let Some((sample, geometry)) = slot.image {
+                let offset = (i * self.place_bytes) as i64;
                 batch.samples.push(sample as i64);
-                batch.geometry.push(Geometry { offset: batch.images.len() as i64, ..geometry });
-                batch.images.extend_from_slice(&image.pixels);
+                batch.geometry.push(Geometry { offset, ..geometry });
             }
         }
+        batch.images = HostBuffer::join(places).expect("all places of one batch, in order");
         (batch, bad)
     }
+}
+
+/// Copies a part of an image to its place. Zeros follow: a batch shows nothing of the one before it.
+fn copy(image: &Image, part: Rect, place: &mut HostBuffer) {
+    let (pixels, rest) = place.split_at_mut(3 * part.height * part.width);
+    let rows = image.pixels.chunks_exact(3 * image.width).skip(part.top);
+    for (to, row) in pixels.chunks_exact_mut(3 * part.width).zip(rows) {
+        to.copy_from_slice(&row[3 * part.left..][..to.len()]);
+    }
+    rest.fill(0);
 }
 
 /// The sample is bad; [`Known`] holds why.

@@ -45,7 +45,7 @@ pub use self::write::ShardWriter;
 
 /// Ending of a shard's name.
 pub const EXTENSION: &str = "shard";
-/// Most images in a shard.
+/// Most images in a shard; as many unreadable samples and classes may it name.
 pub const MAX_IMAGES: u32 = 1 << 20;
 
 const MAGIC: [u8; 8] = *b"pixshard";
@@ -171,8 +171,11 @@ impl Header {
             1 => Interpolation::Bilinear,
             other => return Err(format!("its interpolation is {other}, may be 0 or 1")),
         };
-        if header.images > MAX_IMAGES {
-            return Err(format!("it has {} images, may have {MAX_IMAGES}", header.images));
+        let most = header.images.max(header.skipped).max(header.classes);
+        if most > MAX_IMAGES {
+            return Err(format!(
+                "it has {most} images, bad ones or classes, may have {MAX_IMAGES}"
+            ));
         }
         if header.number >= header.shards {
             return Err(format!("it is number {} of {} shards", header.number, header.shards));

@@ -101,15 +101,15 @@ impl ShardWriter {
     /// [`Error::Invalid`] for names too long, [`Error::Io`] if it cannot be written.
     pub fn finish(mut self) -> Result<()> {
         let index = self.index();
-        if index.len() as u64 > MAX_INDEX_BYTES {
-            return Err(Error::invalid(
-                "shard",
-                format!(
-                    "has an index of {} bytes, may have {MAX_INDEX_BYTES}; \
-                     pack fewer images into a shard",
-                    index.len()
-                ),
-            ));
+        for (found, most, what) in [
+            (index.len() as u64, MAX_INDEX_BYTES, "bytes of names"),
+            (self.skipped.len() as u64, MAX_IMAGES.into(), "unreadable samples"),
+            (self.set.classes.len() as u64, MAX_IMAGES.into(), "classes"),
+        ] {
+            if found > most {
+                let why = format!("has {found} {what}, may have {most}; pack fewer images into it");
+                return Err(Error::invalid("shard", why));
+            }
         }
         let header = Header {
             side: self.set.side,

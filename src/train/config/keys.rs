@@ -169,7 +169,7 @@ pub static KEYS: &[Key] = &[
     key(
         "data.path",
         Kind::Path,
-        "folder tree of JPEG, PNG and WebP files, or of CIFAR-10 binary batches",
+        "folder tree of JPEG, PNG and WebP files, of .tar files, packed shards or CIFAR-10 binary batches; or a .tar",
         "relative to where the program runs; empty: the bundled photos, for the preset demo",
     ),
     key(

@@ -1,166 +1,36 @@
 //! The loop: data, steps, logs, pictures, checkpoints, signals.
 
 mod device;
+mod event;
 mod folder;
 mod gallery;
 mod pace;
 mod records;
 mod resume;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::checkpoint::State;
-use super::config::{Config, Resolved, Target};
+use super::config::{Config, Crop, Resolved, Target};
 use super::metrics::{Notice, NoticeKind};
 use super::schedule::Schedule;
 use super::state::Snapshot;
-use super::step::{MicroBatch, Outcome, Settings, Trainer};
+use super::step::{Outcome, Settings, Trainer};
 use super::timing::StepProfile;
 use super::{StepRecord, checkpoint, cost, peaks};
-use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::loader::{Loader, LoaderConfig, Resample};
 use crate::data::source::Source;
 use crate::data::{decode, loader};
-use crate::ops::cost::Cost;
-use crate::{DType, Device, Error, Result};
+use crate::ops::cost::Peaks;
+use crate::{Device, Error, Result};
 
+pub use event::{Event, Options, Peak, Plan, Resume, Summary};
 use gallery::Gallery;
 use pace::Pace;
 use records::Records;
-
-/// Where a run starts from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Resume {
-    /// From step 0, in a new folder.
-    #[default]
-    No,
-    /// From the newest sound checkpoint of the run folder, or from step 0 if it has none.
-    Auto,
-    /// From this checkpoint folder.
-    From(PathBuf),
-}
-
-/// What is asked of one call of [`run`], beside the config.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// Where to start from.
-    pub resume: Resume,
-    /// Replace what an existing run folder holds.
-    pub overwrite: bool,
-    /// Measure some steps, write nothing.
-    pub dry_run: bool,
-    /// Measure where the time of a step goes, before the first one. Changes no bit of the run.
-    pub profile: bool,
-    /// The run's name, for its report and journals: "demo, pixmim".
-    pub title: String,
-    /// The command line, for the report; may be empty.
-    pub command: String,
-}
-
-/// What is settled before the first step.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// Device and precision, and why these: "cpu (2 cores, bf16 products): ...".
-    pub device: String,
-    /// Batch arithmetic: "global 64 = 1 x 64 micro; lr 1e-3 = 1.5e-4 * 64 / 256".
-    pub batch: String,
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Images found.
-    pub images: u64,
-    /// Where they come from.
-    pub source: String,
-    /// Trainable parameters.
-    pub parameters: usize,
-    /// Bytes of all arenas.
-    pub memory_bytes: usize,
-    /// What a step must move and compute.
-    pub step_cost: Cost,
-    /// What utilisation is measured against; none on the host executor, whose times mean nothing.
-    pub peak: Option<Peak>,
-    /// Updates in all.
-    pub steps: u64,
-    /// Updates in an epoch.
-    pub steps_per_epoch: u64,
-    /// Updates done before this call.
-    pub resumed_from: Option<u64>,
-    /// The run folder; none in a dry run.
-    pub folder: Option<PathBuf>,
-}
-
-/// What the device reaches in one large product, measured before the first step.
-#[derive(Clone, Copy, Debug)]
-pub struct Peak {
-    /// Operations in a second.
-    pub flops_per_s: f64,
-    /// Side of the square matrices.
-    pub side: usize,
-    /// How long the measurement took.
-    pub took: Duration,
-}
-
-impl Peak {
-    /// None on the host executor.
-    fn measure(device: &Device, dtype: DType) -> Result<Option<Self>> {
-        if matches!(device, Device::Cuda(gpu) if gpu.properties().executor) {
-            return Ok(None);
-        }
-        let start = Instant::now();
-        let product = peaks::product(device, dtype)?;
-        let (flops_per_s, side) = (product.flops_per_second(), product.size);
-        Ok(Some(Self { flops_per_s, side, took: start.elapsed() }))
-    }
-}
-
-/// Told while [`run`] works, in order.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum Event<'a> {
-    /// Before the first step.
-    Start(&'a Plan),
-    /// After every step.
-    Step {
-        /// The step's figures.
-        record: &'a StepRecord,
-        /// Exponentially smoothed loss.
-        smoothed_loss: f64,
-        /// Time to the last step, at the pace so far.
-        eta: Duration,
-        /// Whether this step stands in the metrics too.
-        logged: bool,
-    },
-    /// Where the time of a step goes, and the folder that has it; none in a dry run.
-    Profile(&'a StepProfile, Option<&'a Path>),
-    /// A picture was written.
-    Picture(&'a Path),
-    /// A checkpoint was written.
-    Checkpoint(&'a Path),
-    /// Something the user should know: an unreadable image, a skipped step, a rejected checkpoint, slow data.
-    Warning(&'a str),
-}
-
-/// What a run came to.
-#[derive(Clone, Debug)]
-pub struct Summary {
-    /// Updates done in all.
-    pub steps: u64,
-    /// Smoothed loss at the end.
-    pub loss: f64,
-    /// Images per second over the steps of this call, the first one excluded if there are more; 0 if there is none.
-    pub images_per_s: f64,
-    /// Share of that time spent waiting for data.
-    pub data_wait: f64,
-    /// Useful operations of products over the same steps, 1e12 a second; not a number on the host executor.
-    pub tflop_per_s: f64,
-    /// Their share of the plan's peak: model FLOPs utilisation. Not a number on the host executor.
-    pub mfu: f64,
-    /// The report; none in a dry run.
-    pub report: Option<PathBuf>,
-    /// A signal ended the run before its last step.
-    pub interrupted: bool,
-}
 
 /// Steps of a dry run, the first one not timed.
 const DRY_STEPS: u64 = 20;
@@ -190,10 +60,22 @@ pub fn run(
         .num_threads(resolved.compute_threads)
         .build()
         .map_err(|error| Error::invalid("runtime.threads", format!("cannot start: {error}")))?;
+    let (mut step, mut batches) = (settings(config, &resolved), loader_config(config, &resolved));
+    if matches!(device, Device::Cuda(_)) && config.method.crop == Crop::RandomResized {
+        // Anew for each image in each epoch: too much for most hosts, nothing to a GPU.
+        step.resize = Some(config.method.interpolation);
+        batches.resample = Resample::OnDevice;
+    }
     // Before the trainer takes the memory.
     let peak = pool.install(|| Peak::measure(&device, dtype))?;
-    let mut trainer =
-        pool.install(|| Trainer::new(device, config.model, dtype, settings(config, &resolved)))?;
+    let roofs = match &peak {
+        Some(peak) if options.profile => Some(Peaks {
+            bytes_per_second: pool.install(|| peaks::copy(&device))?.bytes_per_second(),
+            flops_per_second: peak.flops_per_s,
+        }),
+        _ => None,
+    };
+    let mut trainer = pool.install(|| Trainer::new(device, config.model, dtype, step))?;
 
     let mut state = State {
         step: 0,
@@ -241,11 +123,14 @@ pub fn run(
     tell(Event::Start(&plan));
     let records = dir.map(|dir| Records::open(dir, config, options, &plan)).transpose()?;
     let last = if options.dry_run { DRY_STEPS.min(planned) } else { planned };
+    let loader = |trainer: &Trainer| {
+        Loader::for_device(trainer.device(), source.clone(), batches.clone(), state.step)
+    };
     // Before the loader's threads, which would take from it.
     if options.profile && state.step < last {
-        let loader = Loader::new(source.clone(), loader_config(config, &resolved), state.step)?;
+        let loader = loader(&trainer)?;
         if let Some(profile) =
-            pool.install(|| profile(&mut trainer, loader, micro_batches, stop))?
+            pool.install(|| profile(&mut trainer, loader, micro_batches, roofs, stop))?
         {
             let folder = records.as_ref().map(|records| records.profile(&profile)).transpose()?;
             tell(Event::Profile(&profile, folder.as_deref()));
@@ -255,7 +140,7 @@ pub fn run(
         config,
         stop,
         tell,
-        loader: Loader::new(source.clone(), loader_config(config, &resolved), state.step)?,
+        loader: loader(&trainer)?,
         gallery: Gallery::new(config, &resolved, &source, &trainer)?,
         pool,
         trainer,
@@ -306,21 +191,12 @@ fn profile(
     trainer: &mut Trainer,
     mut loader: Loader,
     micro_batches: usize,
+    roofs: Option<Peaks>,
     stop: &AtomicBool,
 ) -> Result<Option<StepProfile>> {
     let Some(batch) = loader.next(stop)? else { return Ok(None) };
     drop(loader);
-    StepProfile::take(trainer, micro_batch(&batch), micro_batches, None, stop)
-}
-
-/// A loaded batch as the trainer takes it.
-fn micro_batch(batch: &loader::Batch) -> MicroBatch<'_> {
-    MicroBatch {
-        images: &batch.images,
-        geometry: bytemuck::cast_slice(&batch.geometry),
-        samples: &batch.samples,
-        epoch: batch.epoch,
-    }
+    StepProfile::take(trainer, (&batch).into(), micro_batches, roofs, stop)
 }
 
 /// The batches that a config describes.
@@ -340,6 +216,7 @@ pub fn loader_config(config: &Config, resolved: &Resolved) -> LoaderConfig {
         prefetch: config.data.prefetch,
         cache_bytes: config.data.cache_mib << 20,
         max_bad_share: config.data.max_bad_share,
+        resample: Resample::OnHost,
     }
 }
 
@@ -432,8 +309,7 @@ impl Run<'_> {
                 }
             }
             samples.extend_from_slice(&batch.samples);
-            let micro = micro_batch(&batch);
-            self.pool.install(|| self.trainer.accumulate(micro, self.micro_batches))?;
+            self.pool.install(|| self.trainer.accumulate_batch(&batch, self.micro_batches))?;
             self.loader.recycle(batch);
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);

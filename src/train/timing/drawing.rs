@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::StepProfile;
-use super::table::{digits, milliseconds, share};
+use super::table::{digits, milliseconds, rate, share};
 use super::trace::span_name;
 use crate::profile::Span;
 use crate::train::svg::{Axis, escape};
@@ -26,7 +26,7 @@ const MOST_LINES: usize = 6;
 const LETTER: f64 = 6.1;
 
 /// A colour for each op, that is told from its neighbours in the step on white and on black.
-const COLOURS: [(&str, &str); 19] = [
+const COLOURS: [(&str, &str); 20] = [
     ("linear", "#3f7fd6"),
     ("attention", "#e08534"),
     ("layer_norm", "#35a877"),
@@ -34,6 +34,7 @@ const COLOURS: [(&str, &str); 19] = [
     ("masked_mse_loss", "#d64a62"),
     ("adamw", "#b3961c"),
     ("input", "#22a6b8"),
+    ("resize", "#7ac7b4"),
     ("patch_embed", "#83b2f0"),
     ("add_positions", "#cf7fbd"),
     ("restore_tokens", "#8f6f4e"),
@@ -176,7 +177,7 @@ impl Line {
         let took = format!("{} ms", digits(milliseconds(span.took())));
         let (op, _) = span.name.split_once("::").unwrap_or((span.name, ""));
         let (lane, height, class, paint, words) = match span.cost {
-            Some(_) => (self.lanes, OPS, "steps-on", paint(op), vec![op.into()]),
+            Some(_) => (self.lanes, OPS, "steps-on", paint(op), vec![op.to_owned()]),
             None => {
                 let number = span.index.map(|index| index.to_string()).unwrap_or_default();
                 let words = vec![format!("{name}  {took}"), name.clone(), number];
@@ -187,7 +188,8 @@ impl Line {
         let _ = writeln!(
             svg,
             "<rect {paint} x=\"{left:.2}\" y=\"{top:.1}\" width=\"{width:.2}\" height=\"{height}\">\
-             <title>{name}: {took}</title></rect>"
+             <title>{name}: {took}{}</title></rect>",
+            rates(span)
         );
         let fits = |word: &&String| {
             !word.is_empty() && LETTER * word.chars().count() as f64 + 6.0 <= width
@@ -201,6 +203,16 @@ impl Line {
             );
         }
     }
+}
+
+/// What an op moved and computed in a second.
+fn rates(span: &Span) -> String {
+    let cost = span.cost.unwrap_or_default();
+    [(cost.bytes, 1e9, "GB/s"), (cost.flops, 1e12, "TFLOP/s")]
+        .into_iter()
+        .filter(|(amount, ..)| *amount > 0)
+        .map(|(amount, unit, name)| format!(", {} {name}", rate(amount, span.took(), unit)))
+        .collect()
 }
 
 /// The attribute that gives an op's bar its colour; one that is not known is grey.

@@ -30,10 +30,13 @@ pub(super) const DRAWING: &str = "step.svg";
 /// The profile of a training step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepProfile {
-    /// One micro-batch and one update: medians.
+    /// One micro-batch and one update: the median of each time between two marks.
     pub profile: Profile,
     /// The same work as the trainer does it, without marks between ops; on a GPU as recorded work. Median.
     pub plain: Duration,
+    /// The same work with marks, and launched op by op. Median of the whole, where `profile` is the sum of medians: less,
+    /// if something else disturbed each round at another place.
+    pub marked: Duration,
     /// Rounds measured.
     pub rounds: usize,
     /// Micro-batches of a step.
@@ -79,13 +82,23 @@ impl StepProfile {
         let kept = Kept::take(trainer)?;
         let measured = measure(trainer, batch, micro_batches, stop);
         kept.restore(trainer)?;
-        let Some((profile, plain, rounds)) = measured? else { return Ok(None) };
+        let Some(Measured { profile, plain, marked, rounds }) = measured? else { return Ok(None) };
         let (device, recorded) = match trainer.device() {
             Device::Cpu(_) => ("cpu".into(), false),
             Device::Cuda(gpu) => (gpu.properties().name.clone(), trainer.records()),
         };
         let images = batch.samples.len();
-        Ok(Some(Self { profile, plain, rounds, micro_batches, images, peaks, device, recorded }))
+        Ok(Some(Self {
+            profile,
+            plain,
+            marked,
+            rounds,
+            micro_batches,
+            images,
+            peaks,
+            device,
+            recorded,
+        }))
     }
 
     /// Ops by direction, the longest first.
@@ -152,13 +165,21 @@ fn is_of_micro_batch(stage: &str) -> bool {
     ["forward", "backward"].contains(&stage)
 }
 
-/// Median profile, median time without marks, and rounds; `None` if `stop` turned true.
+/// Medians of some rounds: see [`StepProfile`].
+struct Measured {
+    profile: Profile,
+    plain: Duration,
+    marked: Duration,
+    rounds: usize,
+}
+
+/// `None` if `stop` turned true.
 fn measure(
     trainer: &mut Trainer,
     batch: MicroBatch<'_>,
     micro_batches: usize,
     stop: &AtomicBool,
-) -> Result<Option<(Profile, Duration, usize)>> {
+) -> Result<Option<Measured>> {
     let dev = trainer.device().clone();
     let mut step = || {
         trainer.clear()?;
@@ -176,22 +197,16 @@ fn measure(
             return Ok(None);
         }
         // In turn, so that a change of the machine's speed meets both.
-        plain.push(time(&dev, &mut step)?);
+        plain.push(dev.time(&mut step)?);
         profiles.push(profile::collect(&dev, &mut step)?.1);
     }
-    let profile = Profile::median(&profiles)?;
-    Ok(Some((profile, profile::median(&mut plain), profiles.len())))
-}
-
-fn time(dev: &Device, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
-    match dev {
-        Device::Cuda(gpu) => gpu.time(work),
-        Device::Cpu(_) => {
-            let begin = Instant::now();
-            work()?;
-            Ok(begin.elapsed())
-        }
-    }
+    let mut marked: Vec<_> = profiles.iter().map(Profile::took).collect();
+    Ok(Some(Measured {
+        profile: Profile::median(&profiles)?,
+        plain: profile::median(&mut plain),
+        marked: profile::median(&mut marked),
+        rounds: profiles.len(),
+    }))
 }
 
 /// What steps change of a trainer, on the host.

@@ -22,19 +22,18 @@ impl StepProfile {
     /// What a step takes, in one line: as it is, with marks, and in no op.
     #[must_use]
     pub fn summary(&self) -> String {
-        let Self { micro_batches, images, plain, rounds, recorded, device, .. } = self;
+        let Self { micro_batches, images, plain, marked, rounds, recorded, device, .. } = self;
         let batch = match micro_batches {
             1 => format!("{images} images"),
             n => format!("{images} images (a step has {n} times as many)"),
         };
-        let (marked, idle) = (self.profile.took(), self.idle());
         let plain_is = if *recorded { "recorded as one graph" } else { "as the run does it" };
         format!(
             "{batch} and an update on {device}, medians of {rounds}: {} ms {plain_is}, {} ms op by op; of a step no op runs \
              in {:.1} %",
             digits(milliseconds(*plain)),
-            digits(milliseconds(marked)),
-            100.0 * share(idle, self.took())
+            digits(milliseconds(*marked)),
+            100.0 * share(self.idle(), self.took())
         )
     }
 
@@ -91,11 +90,6 @@ impl StepProfile {
     }
 
     fn row(&self, Row { op, direction, calls, took, cost }: Row) -> Cells {
-        let seconds = took.as_secs_f64();
-        let rate = |amount: u64, unit: f64| match amount {
-            0 => String::new(),
-            _ => digits(amount as f64 / seconds / unit),
-        };
         // What crosses a bus has a roof of its own.
         let crosses = ["upload", "read"].contains(&op);
         let peaks = self.peaks.filter(|_| !crosses && (cost.bytes > 0 || cost.flops > 0));
@@ -104,8 +98,8 @@ impl StepProfile {
             direction,
             calls: calls.to_string(),
             took,
-            gb_per_s: rate(cost.bytes, 1e9),
-            tflop_per_s: rate(cost.flops, 1e12),
+            gb_per_s: rate(cost.bytes, took, 1e9),
+            tflop_per_s: rate(cost.flops, took, 1e12),
             roof: match peaks.map(|peaks| cost.roof(peaks)) {
                 Some(Roof::Memory) => "memory",
                 Some(Roof::Compute) => "compute",
@@ -113,6 +107,14 @@ impl StepProfile {
             },
             of_roof: peaks.map(|peaks| cost.share(peaks, took)),
         }
+    }
+}
+
+/// So much in a second, in a unit; empty for nothing.
+pub(super) fn rate(amount: u64, took: Duration, unit: f64) -> String {
+    match amount {
+        0 => String::new(),
+        _ => digits(amount as f64 / took.as_secs_f64().max(1e-9) / unit),
     }
 }
 

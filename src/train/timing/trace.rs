@@ -24,7 +24,16 @@ impl StepProfile {
 fn event(span: &Span) -> Value {
     let microseconds = |time: std::time::Duration| 1e6 * time.as_secs_f64();
     let (category, args) = match span.cost {
-        Some(cost) => ("op", json!({"bytes": cost.bytes, "flops": cost.flops})),
+        Some(cost) => {
+            let per_second = |amount: u64| amount as f64 / span.took().as_secs_f64().max(1e-9);
+            let args = json!({
+                "bytes": cost.bytes,
+                "flops": cost.flops,
+                "GB/s": per_second(cost.bytes) / 1e9,
+                "TFLOP/s": per_second(cost.flops) / 1e12,
+            });
+            ("op", args)
+        }
         None => ("stage", json!({})),
     };
     json!({
