@@ -4,9 +4,9 @@ use std::fs::{self, File, TryLockError};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use pixmim::data::decode;
 use pixmim::data::shard::{EXTENSION, Set, Shard};
 use pixmim::data::source::{BadImage, Source};
+use pixmim::data::{decode, loader};
 use pixmim::{Error, Result};
 
 use crate::cli::Cli;
@@ -67,7 +67,7 @@ impl Plan {
             return Err(Error::config("OUT", "another pack_dataset writes there; wait for it"));
         }
         let mut plan = Self {
-            max_bad: max_bad(source.len(), cli.max_bad_share),
+            max_bad: loader::max_bad(source.len(), cli.max_bad_share),
             source,
             out: out.into(),
             set,
@@ -130,9 +130,4 @@ impl Plan {
         let first = number as usize * self.per_shard;
         first..(first + self.per_shard).min(self.source.len())
     }
-}
-
-/// Bad photos that are tolerated, as training has it: one is, whatever the share; but one must be left.
-fn max_bad(samples: usize, share: f64) -> usize {
-    ((share * samples as f64) as usize).max(1).min(samples - 1)
 }

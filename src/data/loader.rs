@@ -16,6 +16,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+pub use self::worker::max_bad;
 use self::worker::{Shared, work};
 use crate::data::augment::{self, Geometry};
 use crate::data::source::{BadImage, Source};

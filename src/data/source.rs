@@ -171,6 +171,15 @@ impl Source {
         matches!(self, Self::Cifar(_) | Self::Shards(_))
     }
 
+    /// What packed shards were resized to, if the samples are in shards.
+    #[must_use]
+    pub fn packed(&self) -> Option<&shard::Set> {
+        match self {
+            Self::Shards(shards) => Some(shards.set()),
+            _ => None,
+        }
+    }
+
     /// Reads and decodes a sample.
     ///
     /// # Errors

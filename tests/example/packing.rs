@@ -62,6 +62,22 @@ fn what_is_packed_trains_as_the_photos_do() {
 }
 
 #[test]
+fn shards_of_another_size_are_trained_on_with_a_warning() {
+    let folder = folder();
+    succeed(pack(&folder, &format!("{PHOTOS} packed --side 20")));
+    let warned = |options: &str| {
+        let options = format!("--data packed --dry-run --steps 1 --set method.crop={options}");
+        let output = small(&folder, &options).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap().contains(
+            "the shards were resized to 20 pixels, bicubic, and are resized again to 16 pixels",
+        )
+    };
+    assert!(warned("simple"));
+    assert!(!warned("random_resized"), "a random crop is resampled in any case");
+}
+
+#[test]
 fn each_source_is_packed_to_the_loaders_own_resize() {
     let folder = folder();
     let at = |name: &str| folder.path().join(name);

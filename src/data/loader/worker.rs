@@ -371,8 +371,9 @@ fn copy(image: &Image, part: Rect, place: &mut HostBuffer) {
 /// The sample is bad; [`Known`] holds why.
 struct KnownBad;
 
-/// Bad images that are tolerated: one is, whatever the share; but one sample must be left.
-fn max_bad(samples: usize, share: f64) -> usize {
+/// Bad images that are tolerated of so many: one is, whatever the share; but one sample must be left.
+#[must_use]
+pub fn max_bad(samples: usize, share: f64) -> usize {
     ((share * samples as f64) as usize).max(1).min(samples - 1)
 }
 

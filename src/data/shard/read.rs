@@ -360,8 +360,13 @@ impl Shards {
         shard.label(image)
     }
 
+    /// What all shards have in common.
+    pub(in crate::data) fn set(&self) -> &Set {
+        &self.shards[0].set
+    }
+
     pub(in crate::data) fn classes(&self) -> &[String] {
-        &self.shards[0].set.classes
+        &self.set().classes
     }
 
     pub(in crate::data) fn crc(&self, sample: usize) -> u32 {

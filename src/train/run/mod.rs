@@ -22,6 +22,7 @@ use super::step::{Outcome, Settings, Trainer};
 use super::timing::StepProfile;
 use super::{StepRecord, checkpoint, cost, peaks};
 use crate::data::loader::{Loader, LoaderConfig, Resample};
+use crate::data::shard::Set;
 use crate::data::source::Source;
 use crate::data::{decode, loader};
 use crate::ops::cost::Peaks;
@@ -89,6 +90,7 @@ pub fn run(
         world_size: 1,
     };
     let mut warnings = Vec::new();
+    warnings.extend(source.packed().and_then(|set| packed_otherwise(config, set)));
     let resumed_from = match &dir {
         Some(dir) => resume::load(&options.resume, dir, &mut trainer, &mut state, &mut warnings)?,
         None => None,
@@ -184,6 +186,24 @@ pub fn settings(config: &Config, resolved: &Resolved) -> Settings {
         seed: config.runtime.seed,
         record: true,
     }
+}
+
+/// What a simple crop of packed images loses against one of the photos, if it does.
+fn packed_otherwise(config: &Config, set: &Set) -> Option<String> {
+    let (side, wanted) = (set.side as usize, config.model.image_size);
+    let resized_alike = side == wanted && set.interpolation == config.method.interpolation;
+    // Images that were packed as they are, are resized once. A random crop is resampled in any case.
+    if side == 0 || resized_alike || config.method.crop != Crop::Simple {
+        return None;
+    }
+    let words =
+        |side: usize, interpolation| format!("{side} pixels, {interpolation:?}").to_lowercase();
+    Some(format!(
+        "the shards were resized to {}, and are resized again to {}; pack the photos for that, or train as they were \
+         packed",
+        words(side, set.interpolation),
+        words(wanted, config.method.interpolation)
+    ))
 }
 
 /// Profiles the step of a loader's first micro-batch. `None` if `stop` turned true.
