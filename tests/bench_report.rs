@@ -153,8 +153,10 @@ fn record_of_a_gpu(folder: &Path) {
     write("2029-01-02-abc-speed.csv", &report.record().replace("GPU X", "GPU OLD"));
     write(
         "2030-01-02-abc-steps.csv",
-        "size,precision,batch,micro_batch,images_per_s,ms_per_step,device,commit\n\
-         vit_b,bf16,1024,1024,9999,102.4,GPU_X,abc\nvit_b,bf16,4096,1024,8000,512,GPU_X,abc\n",
+        "size,precision,batch,micro_batch,images_per_s,ms_per_step,device,commit,products\n\
+         vit_b,bf16,1024,1024,9999,102.4,GPU_X,abc,default\n\
+         vit_b,bf16,4096,1024,8000,512,GPU_X,abc,default\n\
+         vit_b,bf16,4096,1024,9999,409.6,GPU_X,abc,timed+bias\n",
     );
     write(
         "2030-01-02-abc-peers.csv",
