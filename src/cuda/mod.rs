@@ -5,6 +5,10 @@
 
 #[cfg(feature = "cuda")]
 mod cublaslt;
+#[cfg_attr(
+    not(any(feature = "cuda", pixmim_simt)),
+    expect(dead_code, reason = "there is no driver to read what it is told")
+)]
 mod driver;
 pub mod kernels;
 #[cfg(feature = "cuda")]

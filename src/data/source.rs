@@ -42,7 +42,7 @@ impl Source {
     ///
     /// 1. `data_batch_1.bin` to `data_batch_5.bin`, or some of them, here or in the child `cifar-10-batches-bin`: these
     ///    are the samples; `test_batch.bin` is, if it stands alone.
-    /// 2. `*.shard`: packed shards, all of one set ([`shard`](crate::data::shard)).
+    /// 2. `*.shard`: packed shards, all of one set ([`shard`]).
     /// 3. `*.tar`: the images in them, as `WebDataset` has them. Compressed ones are not read.
     /// 4. Otherwise the samples are the files below it, at most 32 folders deep, whose names end in `.jpg`, `.jpeg`,
     ///    `.png` or `.webp` in any case, ordered by the bytes of their paths. The ending only selects (looking into a

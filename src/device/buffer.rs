@@ -52,11 +52,13 @@ impl HostBuffer {
     }
 
     /// The memory that it is a part of.
+    #[cfg(feature = "cuda")]
     pub(crate) fn memory(&self) -> &dyn HostMemory {
         &*self.memory
     }
 
     /// Where in its memory it begins.
+    #[cfg(feature = "cuda")]
     pub(crate) fn offset(&self) -> usize {
         self.offset
     }

@@ -11,6 +11,7 @@
 
 mod cpu;
 
+#[cfg(feature = "train")]
 pub(crate) use cpu::{Rectangle, resample};
 
 use super::input::{GEOMETRY_FIELDS, Geometry, expect_geometry};

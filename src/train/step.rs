@@ -29,8 +29,8 @@ pub struct Settings {
     pub kept: usize,
     /// Side of the blocks of patches that are masked together.
     pub mask_block: usize,
-    /// How the step resamples images to crops before it reads them: each is then a rectangle as [`resize`] takes it. None:
-    /// crops are cut from the images as they are.
+    /// How the step resamples images to crops before it reads them: each is then a rectangle as
+    /// [`resize`](crate::ops::resize) takes it. None: crops are cut from the images as they are.
     pub resize: Option<Interpolation>,
     /// Mean of the colours, RGB on [0, 1].
     pub mean: [f64; 3],
