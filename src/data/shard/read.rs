@@ -178,8 +178,8 @@ impl Shard {
         if length < padded as u64 {
             return Err(format!("{file} was truncated to {length} bytes; {CURE}"));
         }
-        // Without it the pixels of a cold file come a few pages at a time (835 images/s for 2,216 on a virtual disk); of
-        // one in memory it costs 20 us. A kernel that does not listen only takes longer.
+        // Without it the pixels of a cold file come a few pages at a time, which took more than twice as long; of one in memory
+        // it costs microseconds. A kernel that does not listen only takes longer.
         #[cfg(unix)]
         let _ = self.map.advise_range(memmap2::Advice::WillNeed, start, padded - start);
         if crc32c::crc32c(&self.bytes[start..padded]) != crc {
