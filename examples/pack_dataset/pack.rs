@@ -17,7 +17,8 @@ use pixmim::train::config::Interpolation;
 use pixmim::{Error, Result};
 
 use crate::plan::{BAD_IMAGES, Plan};
-use crate::progress::{Progress, say};
+use crate::program::{quoted, say};
+use crate::progress::Progress;
 
 /// Makes the shards that are missing; stops between two photos when asked to.
 pub(crate) fn pack(plan: &Plan, stop: &AtomicBool) -> Result<()> {
@@ -58,7 +59,7 @@ pub(crate) fn pack(plan: &Plan, stop: &AtomicBool) -> Result<()> {
         "done images={images} bad={} shards={} images_per_s={speed:.0} train with: pretrain_vit --data {}{how}",
         bad.len(),
         plan.set.shards,
-        plan.out.display()
+        quoted(&plan.out.to_string_lossy())
     ));
     Ok(())
 }

@@ -1,19 +1,16 @@
 //! What the program says while it works: one bar on a terminal, plain `key=value` lines elsewhere.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::program::say;
 
 /// Redraws of the bar in a second.
 const REDRAWS: u8 = 10;
 /// A log gets a line at least this often, so that a slow run is not taken for a hung one.
 const LINE_EVERY: Duration = Duration::from_secs(60);
-
-/// Writes a line to standard output. A reader that went away (`| head`) does not end the packing.
-pub(crate) fn say(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
-}
 
 pub(crate) struct Progress {
     /// None where lines are written.

@@ -10,7 +10,8 @@ use pixmim::data::source::Source;
 use pixmim::{Error, Result};
 use rayon::prelude::*;
 
-use crate::progress::{Progress, say};
+use crate::program::say;
+use crate::progress::Progress;
 
 /// Exit code of a check that was stopped: nothing was found, but not all was read.
 const EXIT_STOPPED: u8 = 130;

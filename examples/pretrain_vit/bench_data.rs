@@ -14,8 +14,7 @@ use pixmim::data::{Image, augment, decode};
 use pixmim::train::config::{Config, Crop};
 use pixmim::train::run;
 
-use crate::cli::quoted;
-use crate::progress::say;
+use crate::program::{quoted, say};
 
 /// Images that the stages are timed on: those that a run would see first.
 const IMAGES: usize = 256;

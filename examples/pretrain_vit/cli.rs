@@ -9,6 +9,8 @@ use pixmim::train::config::{Assignment, Config, Layers, METHODS, PRESETS};
 use pixmim::train::run::{Options, Resume};
 use pixmim::{Error, Result};
 
+use crate::program::quoted;
+
 /// The photos that come with the repository.
 pub(crate) const PHOTOS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/photos");
 /// Where runs go unless `--out` says otherwise.
@@ -337,14 +339,4 @@ fn civil_date(days: u64) -> (u64, u64, u64) {
     let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     (year, month, day)
-}
-
-/// A word as a POSIX shell reads it.
-pub(crate) fn quoted(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@%".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
-    }
 }

@@ -9,7 +9,7 @@ use pixmim::Products;
 use pixmim::cuda::{kernels, probe};
 
 use crate::cli::{PHOTOS, RUNS};
-use crate::progress::say;
+use crate::program::say;
 
 const COMMAND: &str = "cargo run --release --example pretrain_vit";
 

@@ -5,51 +5,30 @@
 mod bench_data;
 mod cli;
 mod doctor;
+#[path = "../program/mod.rs"]
+mod program;
 mod progress;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use pixmim::Result;
 use pixmim::train::config::Key;
 use pixmim::train::{run, signal};
 
 use cli::{Cli, Command};
-use progress::{Progress, say};
+use program::say;
+use progress::Progress;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) if error.use_stderr() => {
-            let text = error.render().to_string();
-            complain(1, text.strip_prefix("error: ").unwrap_or(&text).trim_end());
-            return ExitCode::from(1);
+    program::main(|cli: &Cli| {
+        match (&cli.command, &cli.train.explain) {
+            (Some(Command::Doctor), _) => doctor::examine(),
+            (Some(Command::BenchData(recipe)), _) => bench_data::measure(&recipe.config()?)?,
+            (None, Some(key)) => explain(key)?,
+            (None, None) => train(&cli.train)?,
         }
-        Err(help) => {
-            // A closed pipe is no reason to complain about help.
-            let _ = help.print();
-            return ExitCode::SUCCESS;
-        }
-    };
-    let result = match (&cli.command, &cli.train.explain) {
-        (Some(Command::Doctor), _) => {
-            doctor::examine();
-            Ok(())
-        }
-        (Some(Command::BenchData(recipe)), _) => {
-            recipe.config().and_then(|c| bench_data::measure(&c))
-        }
-        (None, Some(key)) => explain(key),
-        (None, None) => train(&cli.train),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(error.exit_code(), &error.to_string());
-            ExitCode::from(error.exit_code())
-        }
-    }
+        Ok(ExitCode::SUCCESS)
+    })
 }
 
 fn train(arguments: &cli::Train) -> Result<()> {
@@ -67,9 +46,4 @@ fn explain(name: &str) -> Result<()> {
     let key = Key::find("--explain", name)?;
     say(key.explain()?.trim_end());
     Ok(())
-}
-
-/// Writes an error as all errors of this program look. There is no one left to tell if that fails.
-fn complain(code: u8, why: &str) {
-    let _ = writeln!(std::io::stderr(), "error[{code}]: {why}");
 }

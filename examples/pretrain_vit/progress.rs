@@ -9,17 +9,13 @@ use pixmim::train::StepRecord;
 use pixmim::train::run::{Event, Plan, Summary};
 use pixmim::train::timing::StepProfile;
 
-use crate::cli::{Job, quoted};
+use crate::cli::Job;
+use crate::program::{quoted, say};
 
 /// Redraws of the bar in a second.
 const REDRAWS: u8 = 10;
 /// A log gets a line at least this often, so that a slow run is not taken for a hung one.
 const LINE_EVERY: Duration = Duration::from_secs(60);
-
-/// Writes a line to standard output. A reader that went away (`| head`) does not end the training.
-pub(crate) fn say(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
-}
 
 /// Shows the events of a run.
 pub(crate) struct Progress {
